@@ -1,0 +1,54 @@
+"""Every error that tu-diffuse raises on purpose, each with the exit code that `cli/main.py` returns.
+
+    TuDiffuseError
+    ├── UsageError         2   an option or argument that cannot be used
+    ├── UnsafeError        3   a file refused because loading it could run code
+    ├── ModelError         4   a model folder, weight file or config that is not valid
+    ├── DataError          4   a picture, prompt file or shard that is not valid
+    ├── RenderError        1   a picture that could not be made (NaN, out of memory)
+    └── OutputError       74   a file that could not be written
+
+A message is one sentence: what came, what was wanted, what to do.
+"""
+
+
+class TuDiffuseError(Exception):
+    """Base of the tree; never raised itself."""
+
+    exit_code = 1
+
+
+class UsageError(TuDiffuseError):
+    """An option or argument that cannot be used."""
+
+    exit_code = 2
+
+
+class UnsafeError(TuDiffuseError):
+    """A file that is refused because loading it could run code."""
+
+    exit_code = 3
+
+
+class ModelError(TuDiffuseError):
+    """A model folder, weight file or config that is not valid."""
+
+    exit_code = 4
+
+
+class DataError(TuDiffuseError):
+    """A picture, prompt file or shard that is not valid."""
+
+    exit_code = 4
+
+
+class RenderError(TuDiffuseError):
+    """A picture that could not be made."""
+
+    exit_code = 1
+
+
+class OutputError(TuDiffuseError):
+    """A file that could not be written."""
+
+    exit_code = 74

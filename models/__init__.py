@@ -1,0 +1,1 @@
+"""The embedded model, as package data (an ordinary model folder)."""
