@@ -1,0 +1,75 @@
+"""`tu-diffuse info`: what a picture was made with, or what a model folder holds."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from .options import Debug, Json
+
+
+def info(
+    path: Annotated[Path | None, typer.Argument(metavar="[PICTURE|FOLDER]", help="A picture or a model folder. [default: the embedded model]")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the settings that a picture carries, or what a model folder holds. No weights are loaded.
+
+    Examples:
+
+      tu-diffuse info a-red-apple-7.png
+
+      tu-diffuse info models/my-sdxl --json
+
+    With --json one line: for a picture the settings it carries; for a model kind, name, hash, family, parts, experts, defaults and size_multiple.
+    """
+    del debug  # read in main.py
+    if path is not None and not path.exists():
+        raise UsageError(f"{str(path)!r} is not there; name a picture or a model folder.")
+    if path is not None and path.is_file():
+        from ..pipeline.metadata import read_metadata
+
+        facts = read_metadata(path)
+    else:
+        from ..pipeline.describe import describe
+        from ..pipeline.folder import open_folder
+
+        facts = describe(open_folder(path))
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        for line in lines_of(facts):
+            print(line)
+
+
+def lines_of(facts: Mapping[str, Any], indent: str = "") -> list[str]:
+    """Facts as indented text for people; control characters are shown, not sent to the terminal."""
+    lines: list[str] = []
+    for key, value in facts.items():
+        match value:
+            case dict():
+                lines += [f"{indent}{key}:", *lines_of(value, indent + "  ")]
+            case [dict(), *_]:
+                lines.append(f"{indent}{key}:")
+                for entry in value:
+                    lines.append(f"{indent}  - " + ", ".join(f"{k} {_text(v)}" for k, v in entry.items()))
+            case _:
+                lines.append(f"{indent}{key}: {_text(value)}")
+    return lines
+
+
+def _text(value: object) -> str:
+    match value:
+        case float():
+            return f"{value:.6g}"
+        case str():
+            return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in value)
+        case None:
+            return "-"
+        case list():
+            return ", ".join(_text(entry) for entry in value) if value else "-"
+        case _:
+            return str(value)

@@ -1,0 +1,113 @@
+"""The command line: `tu-diffuse COMMAND`. Every error is caught here, once, and becomes one sentence on stderr and an exit code."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from .. import __version__
+from ..errors import TuDiffuseError
+from .doctor import doctor
+from .generate import generate
+from .info import info
+from .options import EXIT_CODES
+from .replay import replay
+
+app = typer.Typer(
+    name="tu-diffuse",
+    help="Text to pictures, offline, on any machine.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog=EXIT_CODES)(generate)
+app.command(epilog=EXIT_CODES)(info)
+app.command(epilog=EXIT_CODES)(replay)
+app.command(epilog=EXIT_CODES)(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Text to pictures, offline, on any machine."""
+    del version  # its callback has printed it
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    raise _Terminated
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: what follows `tu-diffuse`.
+
+    Returns:
+        The exit code; see `EXIT_CODES`.
+    """
+    try:
+        app(list(arguments), prog_name="tu-diffuse")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except TuDiffuseError as error:
+        return _fail(str(error), error.exit_code, arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted; pictures that were finished are kept.", 130, arguments)
+    except _Terminated:
+        return _fail("terminated; pictures that were finished are kept.", 143, arguments)
+    except MemoryError:
+        return _fail("there is not enough memory; ask for smaller pictures, or a smaller --count.", 1, arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads; keep the flush at exit quiet
+        return 1
+    except Exception as error:
+        return _fail(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints.", 1, arguments)
+    return 0
+
+
+def main() -> NoReturn:
+    """Entry point of the console script.
+
+    Ends the process at once after flushing, because tearing down torch's modules one by one takes a noticeable part of a second.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = 1
+    os._exit(code)
+
+
+def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    print(f"tu-diffuse: {_printable(message)}", file=sys.stderr)
+    return code
+
+
+def _printable(text: str) -> str:
+    """Keep control characters that came with a file or an argument off the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

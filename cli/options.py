@@ -1,0 +1,18 @@
+"""Options that several commands share, each defined once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 something could not be made or differs, 2 usage, 3 refused as unsafe, 4 invalid model or data, "
+    "74 output could not be written, 130 interrupted, 143 terminated."
+)
+
+Model = Annotated[Path | None, typer.Option("--model", metavar="FOLDER", help="Model folder in diffusers' layout. [default: the embedded model]")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps; auto takes the fastest there is.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU and float16 elsewhere.")]
+Attention = Annotated[str, typer.Option("--attention", help="Attention kernel: auto, flash, efficient, cudnn or math. See tu-diffuse doctor.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

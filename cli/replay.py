@@ -1,0 +1,62 @@
+"""`tu-diffuse replay`: draw a picture again from what it carries, and compare."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from .options import Attention, Debug, Device, DType, Json, Model
+
+
+def replay(
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture that tu-diffuse made.")],
+    model: Model = None,
+    dtype: DType = "recorded",
+    device: Device = "recorded",
+    attention: Attention = "recorded",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a picture again from the settings that it carries and say whether the pixels are equal.
+
+    Exits with 0 when all pixels are equal, else with 1 and the largest difference (of 255).
+
+    Examples:
+
+      tu-diffuse replay a-red-apple-7.png
+
+      tu-diffuse replay portrait.webp --model models/my-sdxl
+
+    With --json one line: path, equal, largest_difference (0..255), different_pixels, seed.
+    """
+    del debug  # read in main.py
+    from ..pipeline.metadata import read_metadata
+
+    settings = read_metadata(picture)
+
+    from ..pipeline.folder import open_folder
+    from ..pipeline.loading import load_model
+    from ..pipeline.replay import redraw, request_of
+
+    folder = open_folder(model)
+    request, index = request_of(folder, settings)
+    made_with = settings["model"]
+    if folder.fingerprint != made_with["hash"]:
+        raise UsageError(
+            f"{picture.name} was made with the model {made_with['name']!r} (hash {made_with['hash'][:10]}), not with {folder.name!r} "
+            f"({folder.fingerprint[:10]}); name its folder with --model."
+        )
+    dtype, device, attention = (
+        settings[name] if value == "recorded" else value for name, value in (("dtype", dtype), ("device", device), ("attention", attention))
+    )
+    difference = redraw(load_model(folder, dtype=dtype, device=device, attention=attention), request, index, picture)
+    equal = difference.largest == 0
+    if as_json:
+        line = {"path": str(picture), "equal": equal, "largest_difference": difference.largest, "different_pixels": difference.pixels}
+        print(json.dumps(line | {"seed": settings["seed"]}))
+    else:
+        print("equal" if equal else f"different: {difference.pixels} pixels, by at most {difference.largest} of 255")
+    if not equal:
+        raise typer.Exit(1)

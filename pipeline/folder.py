@@ -1,0 +1,262 @@
+"""A model folder as its JSON files describe it: which parts it has, whether it is safe, and what its maker recommends. Reads no weights.
+
+A model folder is a diffusers folder: `model_index.json` names the class of each part, `unet/`, `vae/`, `text_encoder/` and so on hold them. An
+ensemble adds `experts.json` and, when CLIP and T5 are joined, `conditioner/`; `defaults.json` says what the model draws best with.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import ModelError, UnsafeError, UsageError
+from ..schedulers.noise import NoiseSchedule
+from ..schedulers.registry import SAMPLERS
+from ..unet.experts import ExpertEntry, read_experts
+from ..weights import PICKLE_SUFFIXES, read_json
+
+EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
+
+# (library, class) pairs that a model_index.json may name. Safety checkers and picture encoders are known and not loaded.
+_NETWORKS = {
+    ("transformers", "CLIPTextModel"),
+    ("transformers", "CLIPTextModelWithProjection"),
+    ("transformers", "T5EncoderModel"),
+    ("transformers", "CLIPTokenizer"),
+    ("transformers", "CLIPTokenizerFast"),
+    ("transformers", "T5Tokenizer"),
+    ("transformers", "T5TokenizerFast"),
+    ("diffusers", "UNet2DConditionModel"),
+    ("diffusers", "AutoencoderKL"),
+    ("diffusers", "AutoencoderDC"),
+    ("diffusers", "AutoencoderTiny"),
+    ("diffusers", "AsymmetricAutoencoderKL"),
+    ("tu_diffuse", "Conditioner"),
+}
+_NOT_LOADED = {
+    ("transformers", "CLIPImageProcessor"),
+    ("transformers", "CLIPFeatureExtractor"),
+    ("transformers", "CLIPVisionModelWithProjection"),
+    ("stable_diffusion", "StableDiffusionSafetyChecker"),
+}
+# The sampler that comes closest to each scheduler class; the spacing is read from the scheduler's own config.
+_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "dpmpp_2m",
+    "LMSDiscreteScheduler": "dpmpp_2m",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "dpmpp_sde",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2m",
+    "DPMSolverSDEScheduler": "dpmpp_sde",
+    "DEISMultistepScheduler": "dpmpp_2m",
+    "SASolverScheduler": "dpmpp_2m_sde",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "lcm",
+}
+_ALLOWED = _NETWORKS | _NOT_LOADED | {("diffusers", name) for name in _SAMPLERS}
+_PIPELINES = ("TuDiffusePipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "LatentConsistencyModelPipeline")
+_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+_SAMPLED_BLOCKS, _BLOCK = 16, 65536
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model draws best with; sizes in pixels."""
+
+    width: int
+    height: int
+    steps: int
+    sampler: str
+    schedule: str
+    guidance: float
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What the JSON files of a model folder say.
+
+    Attributes:
+        path: the folder.
+        name: its last part; what pictures record.
+        fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
+        family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (joined by `conditioner/`).
+        parts: component -> class, for those that are there.
+        configs: component or expert's subfolder -> its parsed JSON config.
+        experts: from low to high noise; one that covers all when there is no `experts.json`.
+        factor: pixels to a latent position; width and height are multiples of it.
+        noise: the training schedule.
+        defaults: what the maker recommends, or what its family is known for.
+        zero_negative: the unconditional side of an absent negative prompt is zeros (SDXL base), not the empty prompt.
+    """
+
+    path: Path
+    name: str
+    fingerprint: str
+    family: str
+    parts: Mapping[str, str]
+    configs: Mapping[str, Mapping[str, Any]]
+    experts: tuple[ExpertEntry, ...]
+    factor: int
+    noise: NoiseSchedule
+    defaults: Defaults
+    zero_negative: bool
+
+
+def open_folder(path: Path | None) -> ModelFolder:
+    """Read and check a model folder; None is the embedded model.
+
+    Raises:
+        UsageError: there is no such folder.
+        UnsafeError: it brings code along, names a class that is not allowed, or its weights are pickles.
+        ModelError: a file is missing or not valid.
+    """
+    folder = EMBEDDED if path is None else path
+    if not folder.is_dir():
+        named = "this installation has no embedded model" if path is None else f"model folder {str(path)!r} is not there"
+        raise UsageError(f"{named}; give a diffusers folder with --model.")
+    if not (folder / "model_index.json").is_file():
+        _refuse_pickles(folder)
+        raise ModelError(f"{folder.name!r} holds no model_index.json; a folder that diffusers' save_pretrained or tu-diffuse wrote was wanted.")
+    index = read_json(folder / "model_index.json")
+    parts = _checked_parts(folder, index)
+    experts = read_experts(folder)
+    folders = [*dict.fromkeys([*parts, *(expert.subfolder for expert in experts)])]
+    _refuse_code(folder, index, folders)
+    configs = {name: read_json(folder / name / _config_name(name)) for name in folders if not name.startswith("tokenizer")}
+    family = _family(folder, parts)
+    factor = _factor(configs["vae"])
+    noise = NoiseSchedule.from_config(configs["scheduler"])
+    return ModelFolder(
+        path=folder,
+        name=folder.resolve().name,
+        fingerprint=fingerprint(folder, folders),
+        family=family,
+        parts=MappingProxyType(parts),
+        configs=MappingProxyType(configs),
+        experts=experts,
+        factor=factor,
+        noise=noise,
+        defaults=_defaults(folder, family, configs, factor, noise),
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
+    )
+
+
+def fingerprint(folder: Path, names: Sequence[str]) -> str:
+    """SHA-256 over the files that decide a picture: names, sizes, and 16 evenly spaced blocks of 64 KiB (all of a file of up to 1 MiB).
+
+    It tells models apart in milliseconds even for many gigabytes; it is no protection against a file changed on purpose between the blocks.
+    `defaults.json` is left out: pictures record the settings themselves.
+    """
+    digest = hashlib.sha256()
+    roots = [folder, *sorted(folder / name for name in names)]
+    for path in (p for root in roots for p in sorted(root.iterdir())):
+        if path.suffix not in (".json", ".txt", ".model", ".safetensors") or path.name == "defaults.json":
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _SAMPLED_BLOCKS * _BLOCK:
+                digest.update(file.read())
+            else:
+                for i in range(_SAMPLED_BLOCKS):
+                    file.seek((size - _BLOCK) * i // (_SAMPLED_BLOCKS - 1))
+                    digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    if index.get("_class_name") not in _PIPELINES:
+        raise UnsafeError(f"{folder.name!r} asks for the pipeline {index.get('_class_name')!r}; only {', '.join(_PIPELINES)} are run here.")
+    parts: dict[str, str] = {}
+    for part, value in index.items():
+        if not isinstance(value, list) or part.startswith("_") or value == [None, None]:
+            continue
+        if len(value) != 2 or not all(isinstance(v, str) for v in value) or tuple(value) not in _ALLOWED:
+            raise UnsafeError(f"{folder.name!r} asks for {part} = {value!r}, which is not on the list of classes that are run here; nothing was loaded.")
+        if tuple(value) not in _NOT_LOADED:
+            if not (folder / part).is_dir():
+                raise ModelError(f"{folder.name!r} names a part {part!r} but has no folder of that name; fetch the model again.")
+            parts[part] = value[1]
+    for part in ("unet", "vae", "scheduler"):
+        if part not in parts:
+            raise ModelError(f"{folder.name!r} has no part {part!r} in its model_index.json; fetch the model again.")
+    return parts
+
+
+def _refuse_code(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".py", ".pyc", ".pyd", ".so", ".dll"):
+            raise UnsafeError(f"{folder.name!r} brings code along ({path.relative_to(folder).as_posix()}); remove that file or take another model.")
+    documents = {"model_index.json": index} | {f"{name}/{p.name}": read_json(p) for name in names for p in sorted((folder / name).glob("*config.json"))}
+    for name, document in documents.items():
+        for key in _CODE_KEYS:
+            if key in document:
+                raise UnsafeError(f"{name} of {folder.name!r} asks for custom code ({key}); remove the entry or take another model.")
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise UnsafeError(f"{folder.name!r} holds {pickles[0]}, a pickle file, which can run code when loaded; convert the model to safetensors first.")
+
+
+def _config_name(part: str) -> str:
+    return "scheduler_config.json" if part == "scheduler" else "config.json"
+
+
+def _family(folder: Path, parts: Mapping[str, str]) -> str:
+    encoders = tuple(parts.get(part) for part in ("text_encoder", "text_encoder_2"))
+    match encoders:
+        case ("CLIPTextModel" | "CLIPTextModelWithProjection", "T5EncoderModel") if "conditioner" in parts:
+            return "clip-t5"
+        case ("CLIPTextModel" | "CLIPTextModelWithProjection", "CLIPTextModelWithProjection"):
+            return "sdxl"
+        case (None, "CLIPTextModelWithProjection"):
+            return "sdxl-refiner"
+        case ("CLIPTextModel" | "CLIPTextModelWithProjection", None):
+            return "sd"
+        case _:
+            raise ModelError(f"{folder.name!r} has the text encoders {encoders}; one CLIP, two CLIPs, or CLIP with T5 and a conditioner were wanted.")
+
+
+def _factor(vae: Mapping[str, Any]) -> int:
+    if "downsample_factor" in vae:
+        return int(vae["downsample_factor"])
+    for name in ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels"):
+        if name in vae:
+            return 2 ** (_levels(vae, name) - 1)
+    raise ModelError("the VAE's config.json has no block_out_channels; fetch the model again.")
+
+
+def _levels(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, list) or not 1 <= len(value) <= 8:
+        raise ModelError(f"a config.json has {name} = {value!r}; a list of 1 to 8 widths was wanted; fetch the model again.")
+    return len(value)
+
+
+def _defaults(folder: Path, family: str, configs: Mapping[str, Mapping[str, Any]], factor: int, noise: NoiseSchedule) -> Defaults:
+    """`defaults.json`, or what the family is known for: 30 steps (LCM 8), guidance 7.5 (SDXL 5), the size the U-Net was trained at.
+
+    The scheduler's class gives the sampler and its config the spacing.
+    """
+    sample_size = configs["unet"].get("sample_size")
+    side = factor * (sample_size if isinstance(sample_size, int) else 64)
+    sampler = _SAMPLERS[str(configs["scheduler"].get("_class_name"))]
+    spacing = SAMPLERS[sampler].default_spacing if sampler == "lcm" or noise.spacing is None else noise.spacing
+    steps, guidance = (8, 1.0) if sampler == "lcm" else (30, 5.0 if family.startswith("sdxl") else 7.5)
+    known = asdict(Defaults(width=side, height=side, steps=steps, sampler=sampler, schedule=spacing, guidance=guidance))
+    given = read_json(folder / "defaults.json") if (folder / "defaults.json").is_file() else {}
+    for key, value in given.items():
+        wanted = type(known[key]) if key in known else None
+        if wanted is None or not (type(value) is wanted or (wanted is float and type(value) is int)):
+            raise ModelError(f"defaults.json of {folder.name!r} says {key} = {value!r}; wanted {', '.join(known)} with usable values.")
+    return Defaults(**(known | given))

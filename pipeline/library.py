@@ -1,0 +1,117 @@
+"""Architectures that our networks do not cover: diffusers' own classes behind our contracts. Imported only when a folder needs it.
+
+The classes are chosen from the list in `folder.py`, never from what a folder names freely, and read safetensors only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..contracts import Conditioning
+from ..errors import ModelError
+from ..unet.experts import ExpertEntry
+from ..weights import weight_files
+from .folder import ModelFolder
+
+_VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC, "AutoencoderTiny": AutoencoderTiny, "AsymmetricAutoencoderKL": AsymmetricAutoencoderKL}
+
+
+@dataclass(frozen=True, eq=False)
+class LibraryDenoiser:
+    """diffusers' U-Net behind the `Denoiser` contract; the formulas are those of `unet/denoiser.py`.
+
+    Attributes:
+        unet: in eval mode.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        to_timestep: sigma (batch,) to the timestep that the network is told.
+    """
+
+    unet: UNet2DConditionModel
+    prediction_type: str
+    to_timestep: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict x0; see `contracts.Denoiser`."""
+        level = sigma.float().view(-1, 1, 1, 1)
+        scale = (level**2 + 1).sqrt()
+        dtype = self.unet.dtype
+        extra: dict[str, Any] = {}
+        if conditioning.size_ids is not None and conditioning.pooled is not None:
+            extra["added_cond_kwargs"] = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": conditioning.size_ids}
+        elif conditioning.pooled is not None:
+            extra["class_labels"] = conditioning.pooled.to(dtype)
+        output = self.unet(
+            (x.float() / scale).to(dtype),
+            self.to_timestep(sigma).to(x.device),
+            conditioning.tokens.to(dtype),
+            encoder_attention_mask=conditioning.mask,
+            return_dict=False,
+            **extra,
+        )[0].float()
+        match self.prediction_type:
+            case "epsilon":
+                return x - level * output
+            case "v_prediction":
+                return x / scale**2 - output * (level / scale)
+            case _:
+                return output
+
+
+class LibraryVAE(nn.Module):
+    """diffusers' autoencoder with the methods of ours."""
+
+    def __init__(self, vae: nn.Module, factor: int) -> None:
+        super().__init__()
+        self.vae = vae
+        self.config = _Scale(vae.config, factor)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled latents to pictures, about [-1, 1]."""
+        return self.vae.decode(z, return_dict=False)[0]  # pyright: ignore[reportCallIssue]
+
+
+class _Scale:
+    """The fields of our autoencoders' configs that `LatentCodec` reads, from a library config, which has them or has None."""
+
+    def __init__(self, config: Any, factor: int) -> None:
+        self.downscale = factor
+        self.scaling_factor = float(config.get("scaling_factor", 1.0))
+        self.shift_factor = config.get("shift_factor")
+        self.latents_mean = config.get("latents_mean")
+        self.latents_std = config.get("latents_std")
+        self.force_upcast = bool(config.get("force_upcast", False))
+
+
+def library_expert(folder: ModelFolder, entry: ExpertEntry, dtype: torch.dtype, device: torch.device, refusal: ModelError) -> LibraryDenoiser:
+    """Load one expert's U-Net with diffusers.
+
+    Args:
+        folder: of the model.
+        entry: the expert.
+        dtype: of the weights.
+        device: where they go.
+        refusal: why our own network did not take it; repeated when diffusers does not take it either.
+
+    Raises:
+        ModelError: diffusers does not take it.
+    """
+    unet = _load(UNet2DConditionModel, folder, entry.subfolder, dtype, refusal)
+    return LibraryDenoiser(unet.to(device), folder.noise.prediction_type, folder.noise.timestep_at)
+
+
+def library_vae(folder: ModelFolder, dtype: torch.dtype, device: torch.device, refusal: ModelError) -> Any:
+    """Load the autoencoder with diffusers; arguments and errors as for `library_expert`."""
+    return LibraryVAE(_load(_VAES[folder.parts["vae"]], folder, "vae", dtype, refusal), folder.factor).to(device)
+
+
+def _load(kind: Any, folder: ModelFolder, subfolder: str, dtype: torch.dtype, refusal: ModelError) -> Any:
+    weight_files(folder.path / subfolder)  # refuses pickles and file names that lead outside, before the library looks
+    try:
+        network = kind.from_pretrained(folder.path / subfolder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    except Exception as error:  # the library raises many kinds
+        raise ModelError(f"{refusal} diffusers cannot load {subfolder} either: {str(error).splitlines()[0]}") from error
+    return network.requires_grad_(False).eval()

@@ -1,0 +1,201 @@
+"""From a checked model folder to networks in memory.
+
+Networks are laid out without storage and filled from memory-mapped safetensors, so loading costs little more than reading the file once. Where an
+architecture is not covered by our networks, the library's class takes its place behind the same contract (`library.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..attention import AttentionBackend
+from ..errors import ModelError, UsageError
+from ..text_encoders.clip import CLIPText, CLIPTextConfig, clip_key
+from ..text_encoders.conditioner import Conditioner, ConditionerConfig
+from ..text_encoders.encode import ClipPart, ClipT5Part, Encoded, T5Part, encode_clip_t5, encode_sd, encode_sdxl
+from ..text_encoders.t5 import T5Config, T5Encoder, t5_key
+from ..text_encoders.tokenizer import load_tokenizer
+from ..unet.config import UNetConfig
+from ..unet.residency import ExpertPool, expert_pool
+from ..vae.autoencoder import Autoencoder, modernise_keys
+from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
+from ..vae.codec import LatentCodec
+from ..vae.config import AutoencoderConfig
+from ..weights import load_weights, weight_files
+from .folder import ModelFolder
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KEEP_BYTES = 4 * 2**30  # experts that are smaller on disk all stay in memory; of larger ones only the active and the next
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is told of pictures to draw and to avoid
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model in memory.
+
+    Attributes:
+        folder: what it was loaded from.
+        encode: (prompt, negative, width, height) -> the prompt and the negative prompt, encoded to one row each.
+        experts: the pool of experts; `table(timestep_at)` is the denoiser of one run.
+        codec: latents to pixels and back.
+        channels: of the latents.
+        device: where the networks are.
+        dtype: of the networks.
+        attention: the kernel that was asked for.
+        fallbacks: parts that the library's classes compute, for the picture's settings.
+    """
+
+    folder: ModelFolder
+    encode: Callable[[str, str, int, int], tuple[Encoded, Encoded]]
+    experts: ExpertPool
+    codec: LatentCodec
+    channels: int
+    device: torch.device
+    dtype: torch.dtype
+    attention: AttentionBackend
+    fallbacks: tuple[str, ...]
+
+
+def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> Model:
+    """Load every part of a model.
+
+    Args:
+        folder: from `folder.open_folder`.
+        dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU, float16 elsewhere.
+        device: "cpu", "cuda", "mps", or "auto": the fastest there is.
+        attention: a name in `AttentionBackend`.
+
+    Raises:
+        UsageError: a name that is not known, or a device that is not there.
+        UnsafeError: weights are there as pickles only.
+        ModelError: weights are missing, damaged, or do not fit their config.
+    """
+    place = _device(device)
+    number = _dtype(dtype, place)
+    if attention not in [backend.value for backend in AttentionBackend]:
+        raise UsageError(f"--attention {attention!r} is not known; use one of {', '.join(AttentionBackend)}.")
+    backend = AttentionBackend(attention)
+    codec, codec_fallbacks = _codec(folder, number, place, backend)
+    experts, expert_fallbacks = _experts(folder, number, place, backend)
+    return Model(
+        folder=folder,
+        encode=_encoder(folder, number, place, backend),
+        experts=experts,
+        codec=codec,
+        channels=int(folder.configs["unet"].get("in_channels", 4)),
+        device=place,
+        dtype=number,
+        attention=backend,
+        fallbacks=(*codec_fallbacks, *expert_fallbacks),
+    )
+
+
+def _device(name: str) -> torch.device:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(device for device in ("cuda", "mps", "cpu") if there[device]))
+    if name not in there:
+        raise UsageError(f"--device {name!r} is not known; use one of auto, {', '.join(there)}.")
+    if not there[name]:
+        raise UsageError(f"--device {name} is not there, or this PyTorch was built without it; use --device cpu, and see tu-diffuse doctor.")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name!r} is not known; use one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _laid_out(make: Callable[[], M]) -> M:
+    """Build a network without storage for its weights."""
+    with torch.device("meta"):
+        return make()
+
+
+def _encoder(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> Callable[[str, str, int, int], tuple[Encoded, Encoded]]:
+    """Load the text encoders and return the function that encodes a prompt and its negative."""
+
+    def clip(part: str) -> ClipPart:
+        config = CLIPTextConfig.from_dict(folder.configs[part])
+        projection = folder.parts[part] == "CLIPTextModelWithProjection"
+        tower = _laid_out(lambda: CLIPText(config, projection, backend))
+        tokenizer = load_tokenizer(folder.path / part.replace("text_encoder", "tokenizer"))
+        return ClipPart(tokenizer, load_weights(tower, folder.path / part, "model", dtype, device, rename=clip_key))
+
+    match folder.family:
+        case "sd":
+            tower = clip("text_encoder")
+            return lambda prompt, negative, width, height: (encode_sd([prompt], tower), encode_sd([negative], tower))  # noqa: ARG005
+        case "clip-t5":
+            joined = ClipT5Part(clip("text_encoder"), _t5(folder, dtype, device, backend), _conditioner(folder, dtype, device, backend))
+            return lambda prompt, negative, width, height: (encode_clip_t5([prompt], joined), encode_clip_t5([negative], joined))  # noqa: ARG005
+        case _:
+            first, second = clip("text_encoder") if "text_encoder" in folder.parts else None, clip("text_encoder_2")
+
+            def encode(text: str, score: float, width: int, height: int) -> Encoded:
+                told = [score] if first is None else [height, width]
+                prompt = None if text == "" else text
+                return encode_sdxl([prompt], first, second, [height, width, 0, 0, *told], force_zeros_for_empty_prompt=folder.zero_negative)
+
+            return lambda prompt, negative, width, height: (
+                encode(prompt, AESTHETIC_SCORE, width, height),
+                encode(negative, NEGATIVE_AESTHETIC_SCORE, width, height),
+            )
+
+
+def _t5(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> T5Part:
+    config = T5Config.from_dict(folder.configs["text_encoder_2"])
+    encoder = _laid_out(lambda: T5Encoder(config, backend))
+    tokenizer = load_tokenizer(folder.path / "tokenizer_2")
+    return T5Part(tokenizer, load_weights(encoder, folder.path / "text_encoder_2", "model", dtype, device, rename=t5_key))
+
+
+def _conditioner(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> Conditioner:
+    config = ConditionerConfig.from_dict(folder.configs["conditioner"])
+    return load_weights(_laid_out(lambda: Conditioner(config, backend)), folder.path / "conditioner", dtype=dtype, device=device)
+
+
+def _codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[LatentCodec, tuple[str, ...]]:
+    """The autoencoder, and the name of the fallback where the library computes it."""
+    config = folder.configs["vae"]
+    try:
+        if folder.parts["vae"] == "AutoencoderDC":
+            deep = AutoencoderDCConfig.from_dict(config)
+            vae = _laid_out(lambda: AutoencoderDC(deep))
+        else:
+            kl = AutoencoderConfig.from_dict(config)
+            vae = _laid_out(lambda: Autoencoder(kl, backend))
+    except ModelError as refusal:
+        from .library import library_vae  # costs seconds of imports, so only where it is needed
+
+        return LatentCodec(library_vae(folder, dtype, device, refusal)), ("vae-by-diffusers",)
+    return LatentCodec(load_weights(vae, folder.path / "vae", dtype=dtype, device=device, rename=_vae_key)), ()
+
+
+def _vae_key(name: str) -> str:
+    return next(iter(modernise_keys({name: torch.empty(0)})))
+
+
+def _experts(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[ExpertPool, tuple[str, ...]]:
+    """The experts' pool, which loads each when its turn comes; and the name of the fallback where the library computes them."""
+    size = sum(path.stat().st_size for entry in folder.experts for path in weight_files(folder.path / entry.subfolder))
+    keep = "all" if size <= KEEP_BYTES else "active"
+    prediction, timestep_at = folder.noise.prediction_type, folder.noise.timestep_at
+    try:
+        for entry in folder.experts:
+            UNetConfig.from_dict(folder.configs[entry.subfolder])
+    except ModelError as refusal:
+        from .library import library_expert
+
+        loaders = {entry.name: partial(library_expert, folder, entry, dtype, device, refusal) for entry in folder.experts}
+        return ExpertPool(folder.experts, loaders, keep), ("unet-by-diffusers",)
+    return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, backend, keep=keep), ()

@@ -1,0 +1,84 @@
+"""Drawing a picture again from the settings that it carries."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError
+from .folder import ModelFolder
+from .loading import Model
+from .metadata import encode_picture, open_picture
+from .previews import to_image
+from .request import Request, resolve
+from .text_to_image import Picture, text_to_image
+
+_COPIED = ("negative", "width", "height", "steps", "sampler", "schedule", "sigmas", "eta", "guidance_rescale", "apg", "dynamic_threshold")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two pictures differ.
+
+    Attributes:
+        largest: 0..255, over all pixels and channels.
+        pixels: how many pixels differ at all.
+    """
+
+    largest: int
+    pixels: int
+
+
+def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Request, int]:
+    """The request that a picture was made with, and the picture's place in its batch.
+
+    Raises:
+        DataError: the settings lack an entry or hold one that cannot be.
+    """
+    try:
+        copied = {name: settings[name] for name in _COPIED}
+        interval = settings["guidance_interval"]
+        request = resolve(
+            folder,
+            settings["prompt"],
+            settings["batch"],
+            guidance=None if settings["expert_guidance"] else settings["guidance"],
+            guidance_interval=None if interval is None else (interval[0], interval[1]),
+            **(copied | {"schedule": None if copied["schedule"] == "custom" else copied["schedule"]}),
+        )
+        return request, request.seeds.index(settings["seed"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(f"the picture's settings lack or garble an entry ({error}); they were changed after it was made.") from None
+
+
+def redraw(model: Model, request: Request, index: int, path: Path) -> Difference:
+    """Draw one picture of a request again and compare it with the file at `path`, in the file's own format.
+
+    Args:
+        model: the one it was made with.
+        request: its whole batch: exactly equal pixels are promised for an equal batch.
+        index: its place in the batch.
+        path: the picture file.
+
+    Raises:
+        DataError: the file is of another size than its settings say.
+        RenderError: the picture could not be made.
+    """
+    try:
+        with open_picture(path) as old:
+            picture_format = str(old.format).lower()
+            before = np.asarray(old.convert("RGB"), dtype=np.int16)
+    except OSError as error:
+        raise DataError(f"{path.name} is damaged ({error}); fetch it again.") from None
+    pictures = [event for event in text_to_image(model, request) if isinstance(event, Picture)]
+    new = next(picture for picture in pictures if picture.index == index)
+    with Image.open(BytesIO(encode_picture(to_image(new.pixels), new.settings, picture_format))) as encoded:
+        after = np.asarray(encoded.convert("RGB"), dtype=np.int16)
+    if before.shape != after.shape:
+        raise DataError(f"{path.name} is {before.shape[1]}×{before.shape[0]} pixels but its settings say {after.shape[1]}×{after.shape[0]}; it was resized.")
+    difference = np.abs(before - after)
+    return Difference(int(difference.max()), int((difference.max(axis=2) > 0).sum()))

@@ -1,0 +1,189 @@
+"""From a prompt to pictures. READ THIS FIRST: `text_to_image` is the table of contents of the whole program.
+
+    encode ──> noise ──> schedule ──> denoise ──> decode
+
+Each line of it leads to one folder: text_encoders/, seeds.py, schedulers/, unet/, vae/.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..contracts import Conditioning
+from ..errors import RenderError, UsageError
+from ..schedulers.guidance import Apg, Guidance, GuidedDenoiser, expert_scale
+from ..schedulers.registry import sampler_info
+from ..schedulers.schedules import make_schedule
+from ..vae.codec import to_uint8
+from .loading import Model
+from .request import Request
+from .seeds import draw, noise_source, streams
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """One finished denoising step of a batch.
+
+    Attributes:
+        index: 0-based.
+        steps: how many there are.
+        sigma: noise level the step started from.
+        expert: name of the expert that took it.
+        x0: (pictures, channels, h, w) float32; the clean latents as predicted in this step.
+    """
+
+    index: int
+    steps: int
+    sigma: float
+    expert: str
+    x0: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One finished picture.
+
+    Attributes:
+        index: its place in the batch.
+        seed: its seed.
+        pixels: (height, width, 3) uint8 on the CPU.
+        settings: all that was applied, JSON-compatible; what the picture file carries (see `applied_settings`).
+    """
+
+    index: int
+    seed: int
+    pixels: Tensor
+    settings: dict[str, Any]
+
+
+@torch.no_grad()
+def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture]:
+    """Draw one batch of pictures, one for each seed of the request.
+
+    Args:
+        model: from `loading.load_model`.
+        request: from `request.resolve`.
+
+    Yields:
+        A `Progress` after each step, then a `Picture` for each seed.
+
+    Raises:
+        UsageError: words that do not fit the text encoders, in a strict request.
+        RenderError: a picture whose values are not finite; raised after the others of the batch were yielded.
+    """
+    # Encode: the prompt becomes tokens and a pooled vector.
+    prompt, negative = model.encode(request.prompt, request.negative, request.width, request.height)
+    truncated = _truncated(prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}, request.strict)
+    conditioning = _rows(prompt.conditioning, len(request.seeds))
+
+    # Noise: each picture draws from its own stream.
+    generators = streams(request.seeds)
+    shape = (model.channels, request.height // model.folder.factor, request.width // model.folder.factor)
+    noise = draw(generators, shape).to(model.device)
+
+    # Schedule: the noise levels that the sampler visits.
+    schedule = make_schedule(model.folder.noise, request.sampler, request.steps, spacing=request.schedule, sigmas=request.sigmas)
+    sampler = sampler_info(request.sampler)
+    options = {} if request.eta is None else {"eta": request.eta}
+
+    # Denoise: the sampler asks the guided experts, one step after the other.
+    experts = model.experts.table(schedule.timestep_at)
+    denoise = GuidedDenoiser(experts, _guidance(model, request), negative.conditioning)
+    steps = sampler.function(
+        lambda x, sigma: denoise(x, sigma, conditioning),
+        noise * schedule.initial_scale,
+        schedule.sigmas,
+        noise_source(generators, shape, model.device),
+        borders=experts.borders,
+        **options,
+    )
+    latents, used = noise, list[tuple[str, float, float]]()
+    for step in steps:
+        expert = experts.expert_for(step.sigma).name
+        latents = step.x
+        used.append((expert, step.sigma, step.sigma_next))
+        yield Progress(step.index, request.steps, step.sigma, expert, step.x0)
+
+    # Decode: one picture at a time, so that the memory it takes does not grow with the batch.
+    failed: list[RenderError] = []
+    for index, seed in enumerate(request.seeds):
+        try:
+            decoded = model.codec.decode(latents[index : index + 1])
+        except RenderError as error:
+            failed.append(error)
+            continue
+        settings = applied_settings(model, request, seed, used, truncated, [*model.fallbacks, *decoded.fallbacks[0]])
+        yield Picture(index, seed, to_uint8(decoded.pixels)[0].cpu(), settings)
+    if failed:
+        raise RenderError(f"{len(failed)} of {len(request.seeds)} pictures could not be made: {failed[0]}")
+
+
+def applied_settings(
+    model: Model, request: Request, seed: int, used: list[tuple[str, float, float]], truncated: dict[str, str], fallbacks: list[str]
+) -> dict[str, Any]:
+    """All that decided a picture, as the JSON object that its file carries.
+
+    Args:
+        model: what drew it.
+        request: what was asked for; its fields are copied, except that `seeds` is called `batch` (results are exactly equal only in an equal batch).
+        seed: the picture's own.
+        used: (expert, sigma, next sigma) of every step; written as one entry for each run of steps by the same expert.
+        truncated: encoder -> the words that it did not see.
+        fallbacks: what had to be done differently.
+    """
+    experts: list[dict[str, Any]] = []
+    for step, (name, sigma, sigma_next) in enumerate(used):
+        if not experts or experts[-1]["name"] != name:
+            experts.append({"name": name, "first_step": step + 1, "sigma_from": sigma})
+        experts[-1] |= {"last_step": step + 1, "sigma_to": sigma_next}
+    asked = asdict(request)
+    asked["batch"] = list(asked.pop("seeds"))
+    del asked["strict"]  # decides whether there is a picture, not what it looks like
+    return {
+        "version": 1,
+        "software": f"tu-diffuse {__version__}",
+        "torch": torch.__version__,
+        "model": {"name": model.folder.name, "hash": model.folder.fingerprint},
+        **asked,
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "attention": str(model.attention),
+        "experts": experts,
+        "truncated": truncated,
+        "fallbacks": fallbacks,
+    }
+
+
+def _guidance(model: Model, request: Request) -> Guidance:
+    scales = [(e.sigma_min, e.sigma_max, e.guidance) for e in model.folder.experts]
+    return Guidance(
+        scale=expert_scale(scales, request.guidance) if request.expert_guidance else request.guidance,
+        interval=(0.0, float("inf")) if request.guidance_interval is None else request.guidance_interval,
+        rescale=request.guidance_rescale,
+        rescale_space=model.folder.noise.prediction_type,
+        apg=Apg() if request.apg else None,
+        threshold=request.dynamic_threshold,
+    )
+
+
+def _rows(one: Conditioning, count: int) -> Conditioning:
+    """Repeat a conditioning of one row for each picture of the batch."""
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.expand(count, *tensor.shape[1:])
+
+    return Conditioning(one.tokens.expand(count, -1, -1), rows(one.mask), rows(one.pooled), rows(one.size_ids))
+
+
+def _truncated(overflow: dict[str, str], strict: bool) -> dict[str, str]:
+    """The words beyond each encoder's limit, each shortened to 200 characters."""
+    lost = {name: words if len(words) <= 200 else words[:199] + "…" for name, words in overflow.items() if words}
+    if lost and strict:
+        name, words = next(iter(lost.items()))
+        raise UsageError(f"the words {words!r} do not fit the text encoder {name}; shorten the prompt, or leave out --strict.")
+    return lost

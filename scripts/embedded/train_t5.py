@@ -1,0 +1,112 @@
+"""Train the T5 encoder of the embedded model by span corruption (Raffel et al. 2020, section 3.1.4) on scene documents.
+
+    python scripts/embedded/train_t5.py --text build/text --out build/t5 --run build/runs/t5
+
+A document says one scene in two or three phrasings, so a masked colour, shape or relation can be told from the other phrasing: filling it in
+teaches which word belongs to which. The decoder is thrown away. Run the same command again to resume.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+from train_tokenizers import SENTINELS
+from tu_diffuse.text_encoders.tokenizer import Tokenizer, load_tokenizer
+from tu_diffuse.training.loop import TrainConfig, train
+from world import STAGES, document, sample_scene
+
+CORRUPTED = 0.3  # share of tokens that are masked
+MEAN_SPAN = 1.5
+_IGNORED = -100  # label that the loss leaves out
+_END = 1
+
+
+def corrupt(ids: list[int], first_sentinel: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    """Replace random spans of `ids` by sentinels.
+
+    Returns:
+        The encoder's input (kept tokens and sentinels) and the decoder's target (each sentinel followed by what it stands for), both ended.
+    """
+    source: list[int] = []
+    target: list[int] = []
+    at, used = 0, 0
+    while at < len(ids):
+        if used < SENTINELS and rng.random() < CORRUPTED / MEAN_SPAN:
+            length = 1 + (rng.random() < MEAN_SPAN - 1)
+            source.append(first_sentinel + used)
+            target += [first_sentinel + used, *ids[at : at + length]]
+            at, used = at + length, used + 1
+        else:
+            source.append(ids[at])
+            at += 1
+    return [*source, _END], [*target, _END]
+
+
+def padded(rows: list[list[int]], pad: int) -> Tensor:
+    """Rows of ids as one (batch, longest) tensor."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+
+
+def batch(tokenizer: Tokenizer, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Corrupted documents and their targets for one step."""
+    rng = random.Random(f"{seed} {step}")
+    first_sentinel = tokenizer.backend.token_to_id("<extra_id_0>")
+    pairs: list[tuple[list[int], list[int]]] = []
+    for _ in range(size):
+        stage = STAGES[rng.choice(("shapes", "stickers", "full"))]
+        ids = tokenizer.backend.encode(document(sample_scene(rng, stage), rng), add_special_tokens=False).ids
+        pairs.append(corrupt(ids, first_sentinel, rng))
+    return padded([source for source, _ in pairs], 0), padded([target for _, target in pairs], _IGNORED)
+
+
+def main() -> None:
+    """Train, then write `text_encoder_2/` in transformers' layout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="folder with tokenizer_2/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--run", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(options.text / "tokenizer_2")
+    shape = T5Config(
+        vocab_size=tokenizer.backend.get_vocab_size(),
+        d_model=160,
+        d_kv=32,
+        d_ff=384,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=5,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(shape)
+    config = TrainConfig(steps=options.steps, lr=2e-3, warmup=100, cooldown=options.steps // 3, ema_decay=0.99, save_every=200, weight_decay=0.0)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        source, target = batch(tokenizer, options.batch_size, config.seed, step)
+        result = model(input_ids=source, attention_mask=(source != 0).long(), labels=target)
+        right = (result.logits.argmax(-1) == target)[target != _IGNORED].float().mean()
+        return {"loss": result.loss, "accuracy": right.detach()}
+
+    trained = train(model, loss_at, config, options.run, lambda line: print(line, flush=True))
+    options.out.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor for name, tensor in trained.state_dict().items() if name == "shared.weight" or name.startswith("encoder.")}
+    weights.pop("encoder.embed_tokens.weight")
+    save_file(weights, options.out / "model.safetensors", metadata={"format": "pt"})
+    (options.out / "config.json").write_text(json.dumps({**shape.to_dict(), "architectures": ["T5EncoderModel"]}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Tiny models that whole runs are tested on, made once a session; importing the libraries that write them costs seconds, so only when asked for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def _made(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Path]) -> Path:
+    return make(tmp_path_factory.mktemp("models") / name)
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import sd_folder
+
+    return _made(tmp_path_factory, "tiny-sd1", sd_folder)
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import sd_folder
+
+    return _made(tmp_path_factory, "tiny-sd2", lambda folder: sd_folder(folder, "v_prediction"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import sdxl_folder
+
+    return _made(tmp_path_factory, "tiny-sdxl", sdxl_folder)
+
+
+@pytest.fixture(scope="session")
+def ensemble_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import ensemble_folder
+
+    return _made(tmp_path_factory, "tiny-ensemble", ensemble_folder)

@@ -1,0 +1,110 @@
+"""The same folder, seed and sampler give the latents of diffusers' own pipelines."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.loading import Model, load_model
+from tu_diffuse.pipeline.request import resolve
+from tu_diffuse.pipeline.text_to_image import Progress, text_to_image
+
+TOLERANCE = 1e-4
+PROMPT, NEGATIVE = "a red apple", "grey"
+COMMON: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    sampler: str
+    scheduler: str
+    schedule: str
+    steps: int = 6
+    options: tuple[tuple[str, Any], ...] = ()
+    eta: float | None = None
+
+
+CASES = [
+    Case("euler", "EulerDiscreteScheduler", "leading", options=(("timestep_spacing", "leading"),)),
+    Case("euler", "EulerDiscreteScheduler", "trailing", options=(("timestep_spacing", "trailing"),)),
+    Case("euler", "EulerDiscreteScheduler", "karras", options=(("timestep_spacing", "linspace"), ("use_karras_sigmas", True))),
+    Case("euler_a", "EulerAncestralDiscreteScheduler", "linspace"),
+    Case("heun", "HeunDiscreteScheduler", "linspace"),
+    Case("ddim", "DDIMScheduler", "leading", options=(("clip_sample", False), ("set_alpha_to_one", True))),
+    Case("ddim", "DDIMScheduler", "leading", options=(("clip_sample", False), ("set_alpha_to_one", True)), eta=0.7),
+    Case("ddpm", "DDPMScheduler", "leading", options=(("clip_sample", False), ("timestep_spacing", "leading"))),
+    Case("dpmpp_2m", "DPMSolverMultistepScheduler", "linspace"),
+    Case("dpmpp_2m_sde", "DPMSolverMultistepScheduler", "linspace", options=(("algorithm_type", "sde-dpmsolver++"),)),
+    Case("unipc", "UniPCMultistepScheduler", "linspace"),
+    Case("lcm", "LCMScheduler", "lcm", steps=4, options=(("clip_sample", False),)),
+]
+
+
+@cache
+def _ours(folder: Path) -> Model:
+    return load_model(open_folder(folder), dtype="float32", device="cpu")
+
+
+@cache
+def _theirs(folder: Path) -> Any:
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _latents(folder: Path, **asked: Any) -> Tensor:
+    model = _ours(folder)
+    events = text_to_image(model, resolve(model.folder, PROMPT, **asked))
+    return [event.x0 for event in events if isinstance(event, Progress)][-1]
+
+
+def _compare(folder: Path, case: Case, negative: str, guidance: float) -> None:
+    import diffusers
+
+    pipeline = _theirs(folder)
+    prediction = pipeline.scheduler.config.prediction_type
+    pipeline.scheduler = getattr(diffusers, case.scheduler)(**COMMON, **dict(case.options), prediction_type=prediction)
+    wanted = pipeline(
+        PROMPT,
+        negative_prompt=negative if negative else None,
+        num_inference_steps=case.steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(11),
+        output_type="latent",
+        **({} if case.eta is None else {"eta": case.eta}),
+    ).images
+    got = _latents(
+        folder, seeds=[11], negative=negative, steps=case.steps, guidance=guidance, sampler=case.sampler, schedule=case.schedule, eta=case.eta
+    )
+    assert wanted.std() > 0.1
+    difference = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+    print(f"{folder.name} {case.sampler} {case.schedule} {difference:.1e}")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.sampler}-{case.schedule}{'' if case.eta is None else '-eta'}")
+@pytest.mark.parametrize("fixture", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+def test_latents_equal_diffusers(request: pytest.FixtureRequest, fixture: str, case: Case):
+    _compare(request.getfixturevalue(fixture), case, negative="", guidance=4.0)
+
+
+@pytest.mark.parametrize("fixture", ["sd1_folder", "sd2_folder", "sdxl_folder"])
+def test_negative_prompt_and_no_guidance(request: pytest.FixtureRequest, fixture: str):
+    folder = request.getfixturevalue(fixture)
+    _compare(folder, CASES[1], negative=NEGATIVE, guidance=4.0)
+    _compare(folder, CASES[1], negative="", guidance=1.0)
+
+
+def test_settings_change_the_latents(sd1_folder: Path):
+    """So that the comparisons above cannot pass with the prompt, seed, guidance or size left out."""
+    asked: dict[str, Any] = {"seeds": [11], "steps": 3, "sampler": "euler", "guidance": 4.0}
+    base = _latents(sd1_folder, **asked)
+    for change in ({"seeds": [12]}, {"negative": "grey"}, {"guidance": 2.0}, {"guidance_rescale": 0.7}, {"apg": True}, {"dynamic_threshold": 0.9}):
+        assert (_latents(sd1_folder, **(asked | change)) - base).abs().max() > 1e-2, change

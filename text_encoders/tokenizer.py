@@ -1,0 +1,211 @@
+"""Prompts to token ids, with the tokenizer files that checkpoints carry, and the words that did not fit.
+
+A tokenizer folder holds `tokenizer.json`, or `vocab.json` and `merges.txt` (CLIP: byte-level BPE, Sennrich et al. 2016), or `spiece.model`
+(T5: unigram, Kudo 2018); they become the same `tokenizers` pipeline, the one that transformers' CLIPTokenizer and T5Tokenizer build.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Encoding, Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from ..errors import DataError, ModelError
+from .sentencepiece_file import read_sentencepiece
+
+_CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+_T5_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_LONGEST = 1_000_000  # transformers writes 1e30 for "no limit known"
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of prompts as ids.
+
+    Attributes:
+        ids: (batch, length) int64, padded on the right.
+        mask: (batch, length) bool, False at pads.
+        overflow: for each prompt the text of the words that did not fit, empty when all did. A word that fits in part is named whole.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    overflow: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer with its limit and special ids; `load_tokenizer` makes one.
+
+    Attributes:
+        backend: the pipeline, without truncation, padding or special tokens of its own accord.
+        length: tokens of every row, special ones counted.
+        prefix: ids before the words: (bos,) for CLIP, () for T5.
+        suffix: ids after the words: (eos,).
+        pad_id: the id of the rest: CLIP-L's is eos, OpenCLIP's 0, T5's 0.
+    """
+
+    backend: Backend
+    length: int
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad_id: int
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Turn prompts into ids, each padded or cut to `length`.
+
+        Raises:
+            DataError: a prompt that is not valid Unicode.
+        """
+        room = self.length - len(self.prefix) - len(self.suffix)
+        encodings = [self._split(text) for text in texts]
+        rows = [[*self.prefix, *encoding.ids[:room], *self.suffix] for encoding in encodings]
+        ids = torch.tensor([row + [self.pad_id] * (self.length - len(row)) for row in rows], dtype=torch.int64).reshape(-1, self.length)
+        counts = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        return Tokens(
+            ids=ids,
+            mask=torch.arange(self.length) < counts[:, None],
+            overflow=[_beyond(text, encoding, room) for text, encoding in zip(texts, encodings, strict=True)],
+        )
+
+    def _split(self, text: str) -> Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the prompt {text!r} holds a lone surrogate at position {error.start}; valid Unicode was wanted; retype it") from error
+        return self.backend.encode(text, add_special_tokens=False)
+
+
+def _beyond(text: str, encoding: Encoding, room: int) -> str:
+    """The part of the text from the first word that is not whole within `room` tokens."""
+    if len(encoding.ids) <= room:
+        return ""
+    first = room
+    while first > 0 and encoding.word_ids[first] is not None and encoding.word_ids[first - 1] == encoding.word_ids[first]:
+        first -= 1
+    return text[encoding.offsets[first][0] :].strip()
+
+
+def load_tokenizer(folder: Path, length: int | None = None) -> Tokenizer:
+    """Read a checkpoint's tokenizer folder.
+
+    Args:
+        folder: holds `tokenizer.json`, `vocab.json` + `merges.txt`, or `spiece.model`, looked for in this order; `tokenizer_config.json`
+            and `special_tokens_map.json` name the special tokens.
+        length: tokens of every row; what `model_max_length` says when None.
+
+    Raises:
+        ModelError: no such files, files that are not valid, or no length known.
+    """
+    settings = _settings(folder)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            backend = Backend.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            backend = _clip_backend(folder, settings)
+        elif (folder / "spiece.model").is_file():
+            backend = _t5_backend(folder / "spiece.model", settings)
+        else:
+            raise ModelError(f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or spiece.model; one of them was wanted")
+    except (ModelError, OSError):
+        raise
+    except Exception as error:  # what `tokenizers` raises has no class of its own
+        raise ModelError(f"the tokenizer in {folder} cannot be read ({error}); valid tokenizer files were wanted; fetch them again") from error
+    backend.no_truncation()
+    backend.no_padding()
+    special = backend.encode("", add_special_tokens=True).ids
+    if len(special) not in (1, 2):
+        raise ModelError(f"the tokenizer in {folder} adds {len(special)} special tokens to a text; an end token, or begin and end, were wanted")
+    if length is None:
+        length = settings.get("model_max_length")
+    if not isinstance(length, int | float) or not len(special) < length <= _LONGEST:
+        raise ModelError(f"the tokenizer in {folder} has model_max_length = {length}; {len(special) + 1} or more was wanted; state the length")
+    default_pad = (_CLIP_SPECIAL if isinstance(backend.model, models.BPE) else _T5_SPECIAL)["pad_token"]
+    _, pad_id = _known(backend, settings.get("pad_token", default_pad))
+    return Tokenizer(backend, int(length), tuple(special[:-1]), (special[-1],), pad_id)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`, with `special_tokens_map.json` over it where the former does not list its added tokens itself."""
+    settings = _read_json(folder / "tokenizer_config.json")
+    return settings if "added_tokens_decoder" in settings else settings | _read_json(folder / "special_tokens_map.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); a JSON object was wanted; fetch the file again") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} holds a {type(data).__name__}; a JSON object was wanted; fetch the file again")
+    return data
+
+
+def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
+    """A special token from its JSON form: the bare text, or an object with its matching flags."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    flags = {name: value[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in value}
+    return AddedToken(value["content"], special=value.get("special", True), **flags)
+
+
+def _known(backend: Backend, value: str | Mapping[str, Any]) -> tuple[str, int]:
+    """A special token's text and id."""
+    token = _added_token(value).content
+    token_id = backend.token_to_id(token)
+    if token_id is None:
+        raise ModelError(f"the tokenizer names {token!r} as a special token; one of its vocabulary was wanted; repair its tokenizer_config.json")
+    return token, token_id
+
+
+def _add_special_tokens(backend: Backend, settings: Mapping[str, Any], defaults: Mapping[str, str], extra: Sequence[str]) -> None:
+    """Make the special tokens be matched in raw text, as transformers does: a prompt's "!" is the pad token of OpenCLIP's tokenizer."""
+    listed = settings.get("added_tokens_decoder", {})
+    tokens = [_added_token(listed[token_id]) for token_id in sorted(listed, key=int)]
+    known = {token.content for token in tokens}
+    named = [_added_token(settings.get(name, default)) for name, default in defaults.items()]
+    tokens += [token for token in [*named, *map(_added_token, extra)] if token.content not in known]
+    for token in tokens:
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+
+
+def clip_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]], unknown: str) -> Backend:
+    """CLIP's byte-level BPE without special tokens: NFC, white space collapsed, lower case, words by its pattern, `</w>` at their ends."""
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(_CLIP_PATTERN), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return backend
+
+
+def _clip_backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
+    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    backend = clip_pipeline(vocab, merges, _added_token(settings.get("unk_token", _CLIP_SPECIAL["unk_token"])).content)
+    _add_special_tokens(backend, settings, _CLIP_SPECIAL, extra=())
+    bos, eos = (_known(backend, settings.get(name, _CLIP_SPECIAL[name])) for name in ("bos_token", "eos_token"))
+    backend.post_processor = processors.RobertaProcessing(eos, bos, trim_offsets=False, add_prefix_space=False)
+    return backend
+
+
+def _t5_backend(path: Path, settings: Mapping[str, Any]) -> Backend:
+    file = read_sentencepiece(path)
+    sentinels = [f"<extra_id_{i}>" for i in range(settings.get("extra_ids", 100))]
+    backend = Backend(models.Unigram(file.pieces + [(token, 0.0) for token in reversed(sentinels)], unk_id=file.unk_id, byte_fallback=False))
+    if file.charsmap:
+        backend.normalizer = normalizers.Precompiled(file.charsmap)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)]
+    )
+    _add_special_tokens(backend, settings, _T5_SPECIAL, extra=sentinels)
+    eos = _known(backend, settings.get("eos_token", _T5_SPECIAL["eos_token"]))
+    backend.post_processor = processors.TemplateProcessing(single=["$A", eos[0]], special_tokens=[eos])
+    return backend

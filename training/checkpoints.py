@@ -1,0 +1,94 @@
+"""Training checkpoints: all tensors safetensors, all else JSON; whole or not there.
+
+A checkpoint is staged in a temporary folder, fsynced, its manifest of hashes written last, and renamed once. The newest whole one is loaded; a
+torn one is passed over.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_PARTS = ("model", "average", "optimizer")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `step` steps: weights, their moving average, the optimizer's tensors by parameter name, and the run's config."""
+
+    step: int
+    model: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    config: Mapping[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
+    """Write `checkpoint` below `folder` and delete all but the newest `keep`; returns its folder."""
+    final = folder / f"checkpoint-{checkpoint.step:08d}"
+    staged = folder / f".staged-{checkpoint.step:08d}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    for part in _PARTS:
+        tensors: dict[str, Tensor] = getattr(checkpoint, part)
+        save_file(_unshared(tensors), staged / f"{part}.safetensors")
+    (staged / "state.json").write_text(json.dumps({"step": checkpoint.step, "config": checkpoint.config}))
+    hashes = {file.name: _sha256(file) for file in sorted(staged.iterdir())}
+    (staged / "manifest.json").write_text(json.dumps(hashes))
+    for file in staged.iterdir():
+        _sync(file)
+    _sync(staged)
+    shutil.rmtree(final, ignore_errors=True)
+    staged.rename(final)
+    _sync(folder)
+    for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint below `folder` whose files match their manifest, or None."""
+    for candidate in sorted(folder.glob("checkpoint-*"), reverse=True):
+        if _is_whole(candidate):
+            state = json.loads((candidate / "state.json").read_text())
+            model, average, optimizer = (load_file(candidate / f"{part}.safetensors") for part in _PARTS)
+            return Checkpoint(state["step"], model, average, optimizer, state["config"])
+    return None
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors wants them: tied weights are written twice."""
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        separate[name] = tensor.detach().clone() if tensor.data_ptr() in seen else tensor.detach().contiguous()
+        seen.add(tensor.data_ptr())
+    return separate
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return all(_sha256(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,201 @@
+"""Where experts live: loaded when their turn comes, prefetched shortly before, gone (or off the device) when they were left.
+
+On the CPU an expert's weights come from the memory-mapped file. On CUDA they are parked in pinned memory and copied to the device on a stream of
+their own, while the expert before them still computes.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import AttentionBackend
+from ..errors import ModelError
+from ..weights import load_weights, read_json, weights_sha256
+from .config import UNetConfig
+from .denoiser import UNetDenoiser
+from .experts import Expert, ExpertEntry, ExpertTable
+from .layers import Recorder
+from .unet import UNet
+
+Keep = Literal["all", "active"]
+Loader = Callable[[], UNetDenoiser]
+
+
+class ExpertPool:
+    """Holds the experts of a model across runs.
+
+    With keep "active", at most two are alive: the one that computes and the one being prefetched. With "all", every expert stays once it was loaded.
+    Calls come from one thread; loading happens on a thread of the pool's own.
+    """
+
+    def __init__(self, entries: Sequence[ExpertEntry], loaders: Mapping[str, Loader], keep: Keep = "active") -> None:
+        """Take the experts' loaders; nothing is loaded yet.
+
+        Args:
+            entries: names, intervals and guidance.
+            loaders: for each name, what makes its denoiser, such as `load_expert` or `parked` with its arguments bound.
+            keep: "active" or "all".
+        """
+        self.entries = tuple(entries)
+        self.keep: Keep = keep
+        self._loaders = dict(loaders)
+        self._held: dict[str, Future[UNetDenoiser]] = {}
+        self._active: str | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert")
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the experts that are in memory or on their way."""
+        return tuple(self._held)
+
+    def get(self, name: str) -> UNetDenoiser:
+        """Give an expert, loading it or waiting for its prefetch where needed; with keep "active", lets go of the one before first.
+
+        Raises:
+            ModelError, UnsafeError: its files are not valid.
+        """
+        if name != self._active:
+            self._active = name
+            self._release_all_but(name)
+        try:
+            return self._begin(name).result()
+        except BaseException:
+            self._held.pop(name, None)
+            raise
+
+    def prefetch(self, name: str) -> None:
+        """Begin to load an expert in the background, unless it is there or on its way. An error shows when the expert is asked for."""
+        self._release_all_but(name, self._active)
+        self._begin(name)
+
+    def table(self, to_timestep: Callable[[Tensor], Tensor], recorder: Recorder | None = None) -> ExpertTable:
+        """The experts as the `Denoiser` of one run.
+
+        Args:
+            to_timestep: what the networks are told at a sigma, see `UNetDenoiser`.
+            recorder: see `UNetDenoiser`.
+        """
+
+        def load(name: str) -> UNetDenoiser:
+            return replace(self.get(name), to_timestep=to_timestep, recorder=recorder)
+
+        return ExpertTable(
+            [Expert(e.name, e.sigma_min, e.sigma_max, partial(load, e.name), e.guidance, partial(self.prefetch, e.name)) for e in self.entries]
+        )
+
+    def _begin(self, name: str) -> Future[UNetDenoiser]:
+        if name not in self._held:
+            self._held[name] = self._thread.submit(self._loaders[name])
+        return self._held[name]
+
+    def _release_all_but(self, *names: str | None) -> None:
+        for other in [held for held in self._held if held not in names and self.keep == "active"]:
+            self._held.pop(other).cancel()
+
+
+def load_expert(
+    folder: Path,
+    prediction_type: str,
+    to_timestep: Callable[[Tensor], Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: AttentionBackend = AttentionBackend.AUTO,
+    variant: str | None = None,
+    sha256: str | None = None,
+) -> UNetDenoiser:
+    """Build one expert from its folder (`config.json` and safetensors weights).
+
+    Convolutions are stored channels-last, in which they and the attention between them need no copies; all other weights stay memory-mapped
+    where `dtype` is the stored one and the device is the CPU.
+
+    Args:
+        folder: such as `unet/`.
+        prediction_type: see `UNetDenoiser`.
+        to_timestep: see `UNetDenoiser`.
+        dtype: of the weights and the network's computation.
+        device: where it computes.
+        backend: attention kernel.
+        variant: see `load_weights`.
+        sha256: what `weights_sha256` must give; None to skip that.
+
+    Raises:
+        ModelError: a config that is not covered, or weights that are not valid or not the ones that `sha256` names.
+        UnsafeError: weights that are pickles.
+    """
+    config = UNetConfig.from_dict(read_json(folder / "config.json"))
+    if sha256 is not None and weights_sha256(folder, variant=variant) != sha256:
+        raise ModelError(f"The weights in {folder} are not the ones that experts.json names (SHA-256 {sha256[:12]}…); fetch the model again.")
+    with torch.device("meta"):
+        unet = UNet(config, backend)
+    load_weights(unet, folder, dtype=dtype, device=device, variant=variant)
+    return UNetDenoiser(unet.to(memory_format=torch.channels_last), prediction_type, to_timestep)  # pyright: ignore[reportCallIssue]
+
+
+def parked(load: Loader, device: torch.device | str) -> Loader:
+    """Make a loader that keeps one copy of an expert in pinned CPU memory and gives a fresh copy on a CUDA device at each call.
+
+    The copy runs on a stream of its own, so that it overlaps with what the device is computing when it is called from another thread.
+
+    Args:
+        load: makes the expert on the CPU; called once.
+        device: a CUDA device.
+    """
+    stream = torch.cuda.Stream(device)
+
+    @cache
+    def host() -> UNetDenoiser:
+        denoiser = load()
+        for module in denoiser.unet.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.pin_memory(), requires_grad=False))
+        return denoiser
+
+    def to_device() -> UNetDenoiser:
+        master = host()
+        memo: dict[int, Any] = {}
+        with torch.cuda.stream(stream):
+            for parameter in master.unet.parameters():
+                moved = parameter.to(device, non_blocking=True)
+                # The memory belongs to this stream; the allocator must not hand it out again while the computing stream still reads it.
+                moved.record_stream(torch.cuda.default_stream(device))
+                memo[id(parameter)] = nn.Parameter(moved, requires_grad=False)
+        stream.synchronize()
+        return replace(master, unet=copy.deepcopy(master.unet, memo), _prompts=WeakKeyDictionary())
+
+    return to_device
+
+
+def expert_pool(
+    folder: Path,
+    entries: Sequence[ExpertEntry],
+    prediction_type: str,
+    to_timestep: Callable[[Tensor], Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: AttentionBackend = AttentionBackend.AUTO,
+    variant: str | None = None,
+    keep: Keep = "active",
+) -> ExpertPool:
+    """The pool for a model folder's experts: `load_expert` for each, parked in pinned memory on CUDA with keep "active".
+
+    Args:
+        folder: the model folder, above the experts' subfolders.
+        entries: from `experts.read_experts`.
+        prediction_type, to_timestep, dtype, device, backend, variant: see `load_expert`.
+        keep: see `ExpertPool`.
+    """
+    parks = torch.device(device).type == "cuda" and keep == "active"
+    loaders: dict[str, Loader] = {}
+    for entry in entries:
+        where = "cpu" if parks else device
+        load = partial(load_expert, folder / entry.subfolder, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256)
+        loaders[entry.name] = parked(load, device) if parks else load
+    return ExpertPool(entries, loaders, keep)

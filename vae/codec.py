@@ -1,0 +1,154 @@
+"""Pixels to scaled latents and back, with a float32 retry: a picture comes back finite, or RenderError is raised."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, RenderError
+from .autoencoder import Autoencoder
+from .config import AutoencoderConfig
+from .tiling import tiled_decode, tiled_encode
+
+FLOAT32_RETRY = "vae-float32-retry"
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Scaled latents, and for each picture what had to be done differently.
+
+    Attributes:
+        latents: (batch, latent_channels, h/f, w/f) float32.
+        fallbacks: one tuple a picture, empty or holding `vae-float32-retry`.
+    """
+
+    latents: Tensor
+    fallbacks: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Decoded pictures, and for each what had to be done differently.
+
+    Attributes:
+        pixels: (batch, out_channels, h, w) float32, finite, about [-1, 1] but not clamped.
+        fallbacks: one tuple a picture, empty or holding `vae-float32-retry`.
+    """
+
+    pixels: Tensor
+    fallbacks: tuple[tuple[str, ...], ...]
+
+
+def scale_latents(config: AutoencoderConfig, z: Tensor) -> Tensor:
+    """Bring the VAE's own latents to the scale that the denoiser is trained in.
+
+    (z − shift)·scaling (Rombach et al. 2022, section D.1; the shift as SD3 has it), or (z − mean)·scaling/std where the config carries
+    latents_mean and latents_std (as the SDXL family does it).
+
+    Args:
+        config: of the VAE.
+        z: (batch, latent_channels, h, w).
+    """
+    shift, scale = _affine(config, z)
+    return (z - shift) * scale
+
+
+def unscale_latents(config: AutoencoderConfig, latents: Tensor) -> Tensor:
+    """Invert `scale_latents`: (batch, latent_channels, h, w) from the denoiser's scale to the VAE's own."""
+    shift, scale = _affine(config, latents)
+    return latents / scale + shift
+
+
+def _affine(config: AutoencoderConfig, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean, std = (like.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
+        return mean, config.scaling_factor / std
+    return 0.0 if config.shift_factor is None else config.shift_factor, config.scaling_factor
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """(batch, 3, h, w) in [-1, 1] to (batch, h, w, 3) uint8: clamped to [0, 1] after (x + 1)/2, times 255, rounded to nearest (even at .5)."""
+    return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class LatentCodec:
+    """The VAE as the pipeline sees it: pictures to latents in the denoiser's scale, and back.
+
+    Args:
+        vae: used as it is, in its own device and dtype; float16 weights are turned to float32 in place where the config says force_upcast.
+        tile_rows: latent rows computed at a time, exactly and in about a third of the memory (see `tiling.py`); None for the whole picture at once.
+    """
+
+    def __init__(self, vae: Autoencoder, tile_rows: int | None = None):
+        forced = vae.config.force_upcast and _dtype(vae) is torch.float16
+        self.vae = vae.float() if forced else vae
+        self.config = vae.config
+        self.tile_rows = tile_rows
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Encoded:
+        """Encode pictures to latents in the denoiser's scale.
+
+        Args:
+            pixels: (batch, in_channels, h, w) in [-1, 1]; h and w multiples of config.downscale.
+            generators: one CPU generator a picture to sample q(z|x) with; None takes the mean.
+
+        Raises:
+            DataError: sides that are not multiples of config.downscale.
+            RenderError: values that are not finite, in the pictures or in float32 latents.
+        """
+        factor = self.config.downscale
+        if pixels.shape[2] % factor or pixels.shape[3] % factor:
+            raise DataError(
+                f"A picture of {pixels.shape[3]}×{pixels.shape[2]} came to the VAE; wanted sides that are multiples of {factor}; crop it."
+            )
+
+        def moments(vae: Autoencoder, x: Tensor) -> Tensor:
+            return torch.cat(vae.encode(x) if self.tile_rows is None else tiled_encode(vae, x, self.tile_rows), dim=1)
+
+        gaussian, fallbacks = _finite(self.vae, moments, pixels, "pictures to encode")
+        mean, logvar = gaussian.chunk(2, dim=1)
+        if generators is not None:
+            noise = torch.cat([torch.randn((1, *mean.shape[1:]), generator=generator) for generator in generators])
+            mean = mean + (0.5 * logvar).exp() * noise.to(mean.device)
+        return Encoded(scale_latents(self.config, mean), fallbacks)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Decoded:
+        """Decode latents (batch, latent_channels, h, w) in the denoiser's scale to pictures.
+
+        Raises:
+            RenderError: values that are not finite, in the latents or in float32 pictures; a picture that is not right is never returned.
+        """
+
+        def pictures(vae: Autoencoder, z: Tensor) -> Tensor:
+            return vae.decode(z) if self.tile_rows is None else tiled_decode(vae, z, self.tile_rows)
+
+        pixels, fallbacks = _finite(self.vae, pictures, unscale_latents(self.config, latents.float()), "latents to decode")
+        return Decoded(pixels, fallbacks)
+
+
+def _dtype(vae: Autoencoder) -> torch.dtype:
+    return next(vae.parameters()).dtype
+
+
+def _finite(vae: Autoencoder, compute: Callable[[Autoencoder, Tensor], Tensor], x: Tensor, what: str) -> tuple[Tensor, tuple[tuple[str, ...], ...]]:
+    """Return compute(vae, x) as float32, the rows that were not finite computed again in float32; with one tuple of fallbacks a row."""
+    if not x.isfinite().all():
+        raise RenderError(f"The {what} hold NaN or infinite values; wanted finite ones; what made them overflowed, so run it in float32.")
+    dtype = _dtype(vae)
+    y = compute(vae, x.to(dtype)).float()
+    retried = _non_finite_rows(y) if dtype in (torch.float16, torch.bfloat16) else []
+    if retried:
+        y[retried] = compute(copy.deepcopy(vae).float(), x[retried].float())
+    broken = _non_finite_rows(y)
+    if broken:
+        rows = ", ".join(str(row + 1) for row in broken)
+        raise RenderError(f"The VAE gave NaN or infinite values in float32 for picture {rows} of {len(y)}; use another VAE.")
+    return y, tuple((FLOAT32_RETRY,) if row in retried else () for row in range(len(y)))
+
+
+def _non_finite_rows(x: Tensor) -> list[int]:
+    return [row for row, finite in enumerate(x.isfinite().flatten(1).all(dim=1).tolist()) if not finite]

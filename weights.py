@@ -1,0 +1,250 @@
+"""Weights from disk into a module: safetensors only, everything checked before it is used, memory-mapped where nothing has to be converted.
+
+Build the module without storage (`with torch.device("meta"): module = UNet(config)`) and hand it to `load_weights`. The meta context also catches
+buffers: a module whose buffers are not in its files makes them in `forward`, or names their device (`torch.arange(n, device="cpu")`), which wins
+over the context. A tensor that is still without storage after loading is an error here, not garbage later.
+"""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .errors import ModelError, UnsafeError
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 20_000
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_weights(
+    module: M,
+    folder: Path,
+    stem: str = "diffusion_pytorch_model",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    rename: Callable[[str], str | None] | None = None,
+) -> M:
+    """Fill a module (usually on the meta device) with the weights of a model folder.
+
+    On the CPU, tensors that are stored in `dtype` stay backed by the memory-mapped file, which is read once for the check for NaN and
+    can be dropped from memory again.
+
+    Args:
+        module: takes the weights; its parameter names and shapes must match the file's exactly.
+        folder: holds `{stem}.safetensors` or a sharded `{stem}.safetensors.index.json`.
+        stem: file name without its ending; transformers' folders use "model".
+        dtype: of floating-point tensors; as stored when None. Integer tensors keep theirs.
+        device: where the tensors go.
+        variant: the part between stem and ending, such as "fp16"; when None, the plain file or else the only variant there is.
+        rename: turns a name in the file into a name in the module, None to leave that tensor out.
+
+    Returns:
+        `module` itself, in eval mode, no parameter asking for a gradient.
+
+    Raises:
+        UnsafeError: the folder holds pickle files only.
+        ModelError: missing, damaged, incomplete or mismatched weights, or NaN or infinity in them.
+    """
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder, stem, variant):
+        for name, tensor in read_safetensors(path).items():
+            new_name = name if rename is None else rename(name)
+            if new_name in state:
+                raise ModelError(f"Two tensors in {folder} are named {new_name!r}; save the model again.")
+            if new_name is not None:
+                state[new_name] = tensor
+    _check_match(module.state_dict(), state, folder)
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            _check_finite(name, tensor, folder)
+            state[name] = tensor.to(device=device, dtype=dtype)
+        else:
+            state[name] = tensor.to(device=device)
+    module.load_state_dict(state, strict=True, assign=True)
+    empty = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise ModelError(f"{type(module).__name__} has tensors that no file holds, built without storage: {_first(empty)}; name their device.")
+    return module.to(device).requires_grad_(False).eval()
+
+
+def weight_files(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> list[Path]:
+    """Find the safetensors files that hold a folder's weights: one, or the shards that its index names.
+
+    Args:
+        folder: a component folder of a model, such as `unet/`.
+        stem: file name without its ending.
+        variant: as in `load_weights`.
+
+    Raises:
+        UnsafeError: only pickle files are there.
+        ModelError: nothing is there, the variant is not, several variants are, a shard is missing, or the index points outside the folder.
+    """
+    wanted = variant if variant is not None or _names(folder, stem, None) is not None else _only_variant(folder, stem)
+    found = _names(folder, stem, wanted)
+    if found is None:
+        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLE_SUFFIXES)
+        if pickles and not list(folder.glob("*.safetensors")):
+            raise UnsafeError(f"{folder / pickles[0]} is a pickle file, which can run code when loaded; convert the model to safetensors first.")
+        name = stem if variant is None else f"{stem}.{variant}"
+        raise ModelError(f"No {name}.safetensors (or its .index.json) in {folder}; check the path and the variant.")
+    return _shards(found) if found.suffix == ".json" else [found]
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Memory-map every tensor of one safetensors file, on the CPU.
+
+    Raises:
+        ModelError: the file is damaged, its header is larger than 16 MiB, or it holds more than 20,000 tensors.
+    """
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch or save it again.") from error
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Read what a safetensors file says of its tensors, without the tensors: name -> {dtype, shape, data_offsets}.
+
+    Raises:
+        ModelError: as `read_safetensors`.
+    """
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+                raise ModelError(
+                    f"{path} is not a safetensors file: its header claims {length} bytes, more than {MAX_HEADER_BYTES} or the file's own length."
+                )
+            header = json.loads(file.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} has no readable safetensors header ({error}); fetch or save it again.") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path} has no readable safetensors header (not a JSON object); fetch or save it again.")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise ModelError(f"{path} claims {len(header)} tensors, more than the {MAX_TENSORS} that are allowed.")
+    return header
+
+
+_check_header = read_header
+
+
+def weights_sha256(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> str:
+    """SHA-256 over a folder's weight files, shards one after the other in the order of their names; 64 hex digits.
+
+    Raises:
+        ModelError, UnsafeError: as `weight_files`.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(folder, stem, variant):
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of at most 16 MiB.
+
+    Raises:
+        ModelError: there is no such file, or it holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise ModelError(f"{path} is {path.stat().st_size} bytes long, more than the {MAX_HEADER_BYTES} that a JSON file of a model may have.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} could not be read as JSON ({error}); check the model folder.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, a JSON object was wanted; check the model folder.")
+    return value
+
+
+def inside(folder: Path, name: object) -> Path:
+    """Join a relative name that came with a model to its folder.
+
+    Raises:
+        ModelError: the name is no text, empty, absolute, or climbs out of the folder.
+    """
+    if isinstance(name, str) and name and "\0" not in name:
+        parts = PurePosixPath(name).parts
+        windows = PureWindowsPath(name)
+        if "\\" not in name and not windows.drive and not PurePosixPath(name).is_absolute() and ".." not in parts and parts:
+            return folder / name
+    raise ModelError(f"{folder} names a file {name!r}, which may not leave the model folder; write a plain relative name.")
+
+
+def _names(folder: Path, stem: str, variant: str | None) -> Path | None:
+    dotted = "" if variant is None else f".{variant}"
+    candidates = (f"{stem}{dotted}.safetensors", f"{stem}.safetensors.index{dotted}.json", f"{stem}{dotted}.safetensors.index.json")
+    return next((folder / name for name in candidates if (folder / name).is_file()), None)
+
+
+def _only_variant(folder: Path, stem: str) -> str | None:
+    patterns = (rf"{re.escape(stem)}\.(\w+)\.safetensors", rf"{re.escape(stem)}\.safetensors\.index\.(\w+)\.json")
+    matches = [match for p in folder.glob(f"{stem}.*") for pattern in patterns if (match := re.fullmatch(pattern, p.name))]
+    variants = sorted({match.group(1) for match in matches})
+    if len(variants) > 1:
+        raise ModelError(f"{folder} holds only variants of its weights ({', '.join(variants)}); choose one.")
+    return variants[0] if variants else None
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > MAX_TENSORS:
+        raise ModelError(f"{index} has no usable weight_map (tensor name -> file name, at most {MAX_TENSORS}); save the model again.")
+    names = {str(name): inside(index.parent, name) for name in weight_map.values()}
+    for name, path in sorted(names.items()):
+        if path.suffix in PICKLE_SUFFIXES:
+            raise UnsafeError(f"{index} names the pickle file {name}, which can run code when loaded; convert the model to safetensors first.")
+        if not path.is_file():
+            raise ModelError(f"{index} names {name}, which is not there; fetch the model again.")
+        absent = {tensor for tensor, file in weight_map.items() if file == name} - set(read_header(path))
+        if absent:
+            raise ModelError(f"{path} lacks {_first(sorted(absent))}, which {index.name} places there; fetch the model again.")
+    return [path for _, path in sorted(names.items())]
+
+
+def _check_match(wanted: dict[str, Tensor], came: dict[str, Tensor], folder: Path) -> None:
+    missing, extra = sorted(wanted.keys() - came.keys()), sorted(came.keys() - wanted.keys())
+    shapes = [
+        f"{name} {tuple(came[name].shape)} for {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & came.keys())
+        if came[name].shape != wanted[name].shape
+    ]
+    types = [
+        f"{name} {came[name].dtype} for {wanted[name].dtype}"
+        for name in sorted(wanted.keys() & came.keys())
+        if came[name].is_floating_point() != wanted[name].is_floating_point()
+    ]
+    complaints = [("missing", missing), ("unexpected", extra), ("of another shape", shapes), ("of another kind", types)]
+    said = "; ".join(f"{len(names)} {what}: {_first(names)}" for what, names in complaints if names)
+    if said:
+        raise ModelError(f"The weights in {folder} do not fit the config ({said}); the folder mixes two models, or its config.json is wrong.")
+
+
+def _check_finite(name: str, tensor: Tensor, folder: Path) -> None:
+    # Extremes carry NaN and infinity along without a second copy of the tensor; float8 has no such kernel.
+    values = tensor.to(torch.float32) if tensor.element_size() == 1 else tensor
+    if tensor.numel() > 0 and not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values)):
+        raise ModelError(f"{name} in {folder} holds NaN or infinity; what wrote it went wrong, take another checkpoint.")
+
+
+def _first(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (", …" if len(listed) > 5 else "")
