@@ -14,7 +14,9 @@ from .options import Attention, Debug, Device, DType, Json, Model
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What the picture should show; several make several pictures; - reads standard input.")],
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What the picture should show; several make several pictures; - reads standard input.")
+    ],
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="File (.png, .jpg, .webp) or folder. [default: the current folder]")] = None,
     seed: Annotated[int | None, typer.Option(help="0..4294967295. [default: random, recorded in the picture]")] = None,

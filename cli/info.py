@@ -12,7 +12,9 @@ from .options import Debug, Json
 
 
 def info(
-    path: Annotated[Path | None, typer.Argument(metavar="[PICTURE|FOLDER]", help="A picture or a model folder. [default: the embedded model]")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[PICTURE|FOLDER]", help="A picture or a model folder. [default: the embedded model]")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -11,7 +11,20 @@ from .. import __version__
 from ..attention import AttentionBackend, attention
 from .folder import EMBEDDED
 
-_LIBRARIES = ("torch", "diffusers", "transformers", "open-clip-torch", "accelerate", "tokenizers", "sentencepiece", "safetensors", "numpy", "pillow", "typer", "rich")
+_LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "open-clip-torch",
+    "accelerate",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "typer",
+    "rich",
+)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

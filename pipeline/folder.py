@@ -62,7 +62,13 @@ _SAMPLERS = {
     "TCDScheduler": "lcm",
 }
 _ALLOWED = _NETWORKS | _NOT_LOADED | {("diffusers", name) for name in _SAMPLERS}
-_PIPELINES = ("TuDiffusePipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "LatentConsistencyModelPipeline")
+_PIPELINES = (
+    "TuDiffusePipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "LatentConsistencyModelPipeline",
+)
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 _SAMPLED_BLOCKS, _BLOCK = 16, 65536
 
@@ -180,7 +186,9 @@ def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(value, list) or part.startswith("_") or value == [None, None]:
             continue
         if len(value) != 2 or not all(isinstance(v, str) for v in value) or tuple(value) not in _ALLOWED:
-            raise UnsafeError(f"{folder.name!r} asks for {part} = {value!r}, which is not on the list of classes that are run here; nothing was loaded.")
+            raise UnsafeError(
+                f"{folder.name!r} asks for {part} = {value!r}, which is not on the list of classes that are run here; nothing was loaded."
+            )
         if tuple(value) not in _NOT_LOADED:
             if not (folder / part).is_dir():
                 raise ModelError(f"{folder.name!r} names a part {part!r} but has no folder of that name; fetch the model again.")
@@ -195,7 +203,9 @@ def _refuse_code(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -
     for path in sorted(folder.rglob("*")):
         if path.suffix in (".py", ".pyc", ".pyd", ".so", ".dll"):
             raise UnsafeError(f"{folder.name!r} brings code along ({path.relative_to(folder).as_posix()}); remove that file or take another model.")
-    documents = {"model_index.json": index} | {f"{name}/{p.name}": read_json(p) for name in names for p in sorted((folder / name).glob("*config.json"))}
+    documents = {"model_index.json": index} | {
+        f"{name}/{p.name}": read_json(p) for name in names for p in sorted((folder / name).glob("*config.json"))
+    }
     for name, document in documents.items():
         for key in _CODE_KEYS:
             if key in document:
@@ -205,7 +215,9 @@ def _refuse_code(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -
 def _refuse_pickles(folder: Path) -> None:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickles:
-        raise UnsafeError(f"{folder.name!r} holds {pickles[0]}, a pickle file, which can run code when loaded; convert the model to safetensors first.")
+        raise UnsafeError(
+            f"{folder.name!r} holds {pickles[0]}, a pickle file, which can run code when loaded; convert the model to safetensors first."
+        )
 
 
 def _config_name(part: str) -> str:

@@ -17,7 +17,12 @@ from ..unet.experts import ExpertEntry
 from ..weights import weight_files
 from .folder import ModelFolder
 
-_VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC, "AutoencoderTiny": AutoencoderTiny, "AsymmetricAutoencoderKL": AsymmetricAutoencoderKL}
+_VAES = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderDC": AutoencoderDC,
+    "AutoencoderTiny": AutoencoderTiny,
+    "AsymmetricAutoencoderKL": AsymmetricAutoencoderKL,
+}
 
 
 @dataclass(frozen=True, eq=False)

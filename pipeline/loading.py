@@ -121,7 +121,9 @@ def _laid_out(make: Callable[[], M]) -> M:
         return make()
 
 
-def _encoder(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> Callable[[str, str, int, int], tuple[Encoded, Encoded]]:
+def _encoder(
+    folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend
+) -> Callable[[str, str, int, int], tuple[Encoded, Encoded]]:
     """Load the text encoders and return the function that encodes a prompt and its negative."""
 
     def clip(part: str) -> ClipPart:

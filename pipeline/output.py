@@ -144,7 +144,9 @@ def _checked_template(name: str) -> str:
         raise UsageError(f"--name {name!r} has a field that is not known; use {{prompt}}, {{seed}} and {{number}} only.")
     plain = name.format(prompt="", seed="", number="")
     if not name or re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', plain) or name.startswith((".", "-")) or name.endswith((".", " ")):
-        raise UsageError(f"--name {name!r} is no file name on every system; use letters, digits, dashes, and the fields {{prompt}}, {{seed}}, {{number}}.")
+        raise UsageError(
+            f"--name {name!r} is no file name on every system; use letters, digits, dashes, and the fields {{prompt}}, {{seed}}, {{number}}."
+        )
     return name
 
 

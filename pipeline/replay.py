@@ -79,6 +79,8 @@ def redraw(model: Model, request: Request, index: int, path: Path) -> Difference
     with Image.open(BytesIO(encode_picture(to_image(new.pixels), new.settings, picture_format))) as encoded:
         after = np.asarray(encoded.convert("RGB"), dtype=np.int16)
     if before.shape != after.shape:
-        raise DataError(f"{path.name} is {before.shape[1]}×{before.shape[0]} pixels but its settings say {after.shape[1]}×{after.shape[0]}; it was resized.")
+        raise DataError(
+            f"{path.name} is {before.shape[1]}×{before.shape[0]} pixels but its settings say {after.shape[1]}×{after.shape[0]}; it was resized."
+        )
     difference = np.abs(before - after)
     return Difference(int(difference.max()), int((difference.max(axis=2) > 0).sum()))

@@ -183,7 +183,9 @@ def t5_tokenizer(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"model_max_length": 24, "tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"})
+    write_json(
+        folder / "tokenizer_config.json", {"model_max_length": 24, "tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>"}
+    )
 
 
 def write_json(path: Path, value: object) -> None:

@@ -174,9 +174,13 @@ def embed_clip_t5(prompts: Sequence[str], clip: ClipPart, t5: T5Part) -> Embedde
 
 
 def encode_clip_t5(prompts: Sequence[str], part: ClipT5Part) -> Encoded:
-    """Encode for the models of this project: CLIP and T5 joined along the sequence (eDiff-I, Balaji et al. 2022, section 4.2)."""
+    """Encode for the models of this project: CLIP and T5 joined along the sequence (eDiff-I, Balaji et al. 2022, section 4.2).
+
+    An empty prompt is what the network saw in training when a caption was dropped: no token of either encoder, only the learned null token.
+    """
     embedded = embed_clip_t5(prompts, part.clip, part.t5)
     weight = part.conditioner.null_token
+    said = torch.tensor([prompt != "" for prompt in prompts], device=weight.device)
     with torch.no_grad():
         conditioning = part.conditioner(
             embedded.clip_tokens.to(weight),
@@ -184,6 +188,8 @@ def encode_clip_t5(prompts: Sequence[str], part: ClipT5Part) -> Encoded:
             embedded.clip_pooled.to(weight),
             embedded.t5_tokens.to(weight),
             embedded.t5_mask.to(weight.device),
+            keep_clip=said,
+            keep_t5=said,
         )
     return Encoded(conditioning, embedded.overflow)
 

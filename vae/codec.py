@@ -1,18 +1,46 @@
 """Pixels to scaled latents and back, with a float32 retry: a picture comes back finite, or RenderError is raised."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import DataError, RenderError
+from ..errors import DataError, RenderError, UsageError
 from .autoencoder import Autoencoder
-from .config import AutoencoderConfig
 from .tiling import tiled_decode, tiled_encode
 
 FLOAT32_RETRY = "vae-float32-retry"
+
+
+class LatentScale(Protocol):
+    """What the codec reads of a VAE's config; `AutoencoderConfig` says what each field means."""
+
+    @property
+    def scaling_factor(self) -> float: ...  # noqa: D102
+    @property
+    def shift_factor(self) -> float | None: ...  # noqa: D102
+    @property
+    def latents_mean(self) -> Sequence[float] | None: ...  # noqa: D102
+    @property
+    def latents_std(self) -> Sequence[float] | None: ...  # noqa: D102
+    @property
+    def force_upcast(self) -> bool: ...  # noqa: D102
+    @property
+    def downscale(self) -> int: ...  # noqa: D102
+
+
+class LatentModel(Protocol):
+    """What the codec asks of a VAE, an `nn.Module`: `Autoencoder`, `AutoencoderDC`, or one of a library behind the same methods."""
+
+    @property
+    def config(self) -> LatentScale: ...  # noqa: D102
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+    def decode(self, z: Tensor) -> Tensor: ...  # noqa: D102
+    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
+    def float(self) -> Self: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +69,7 @@ class Decoded:
     fallbacks: tuple[tuple[str, ...], ...]
 
 
-def scale_latents(config: AutoencoderConfig, z: Tensor) -> Tensor:
+def scale_latents(config: LatentScale, z: Tensor) -> Tensor:
     """Bring the VAE's own latents to the scale that the denoiser is trained in.
 
     (z − shift)·scaling (Rombach et al. 2022, section D.1; the shift as SD3 has it), or (z − mean)·scaling/std where the config carries
@@ -55,13 +83,13 @@ def scale_latents(config: AutoencoderConfig, z: Tensor) -> Tensor:
     return (z - shift) * scale
 
 
-def unscale_latents(config: AutoencoderConfig, latents: Tensor) -> Tensor:
+def unscale_latents(config: LatentScale, latents: Tensor) -> Tensor:
     """Invert `scale_latents`: (batch, latent_channels, h, w) from the denoiser's scale to the VAE's own."""
     shift, scale = _affine(config, latents)
     return latents / scale + shift
 
 
-def _affine(config: AutoencoderConfig, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def _affine(config: LatentScale, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
     if config.latents_mean is not None and config.latents_std is not None:
         mean, std = (like.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
         return mean, config.scaling_factor / std
@@ -78,10 +106,15 @@ class LatentCodec:
 
     Args:
         vae: used as it is, in its own device and dtype; float16 weights are turned to float32 in place where the config says force_upcast.
-        tile_rows: latent rows computed at a time, exactly and in about a third of the memory (see `tiling.py`); None for the whole picture at once.
+        tile_rows: latent rows computed at a time, without a change in the result and in half the memory (see `tiling.py`); None: all at once.
+
+    Raises:
+        UsageError: tile_rows below 1, or with a VAE other than `Autoencoder`.
     """
 
-    def __init__(self, vae: Autoencoder, tile_rows: int | None = None):
+    def __init__(self, vae: LatentModel, tile_rows: int | None = None):
+        if tile_rows is not None and (tile_rows < 1 or not isinstance(vae, Autoencoder)):
+            raise UsageError(f"tile_rows = {tile_rows} came with a {type(vae).__name__}; wanted 1 or more, with an AutoencoderKL; leave it out.")
         forced = vae.config.force_upcast and _dtype(vae) is torch.float16
         self.vae = vae.float() if forced else vae
         self.config = vae.config
@@ -105,10 +138,7 @@ class LatentCodec:
                 f"A picture of {pixels.shape[3]}×{pixels.shape[2]} came to the VAE; wanted sides that are multiples of {factor}; crop it."
             )
 
-        def moments(vae: Autoencoder, x: Tensor) -> Tensor:
-            return torch.cat(vae.encode(x) if self.tile_rows is None else tiled_encode(vae, x, self.tile_rows), dim=1)
-
-        gaussian, fallbacks = _finite(self.vae, moments, pixels, "pictures to encode")
+        gaussian, fallbacks = _finite(self.vae, self._moments, pixels, "pictures to encode")
         mean, logvar = gaussian.chunk(2, dim=1)
         if generators is not None:
             noise = torch.cat([torch.randn((1, *mean.shape[1:]), generator=generator) for generator in generators])
@@ -122,19 +152,23 @@ class LatentCodec:
         Raises:
             RenderError: values that are not finite, in the latents or in float32 pictures; a picture that is not right is never returned.
         """
-
-        def pictures(vae: Autoencoder, z: Tensor) -> Tensor:
-            return vae.decode(z) if self.tile_rows is None else tiled_decode(vae, z, self.tile_rows)
-
-        pixels, fallbacks = _finite(self.vae, pictures, unscale_latents(self.config, latents.float()), "latents to decode")
+        pixels, fallbacks = _finite(self.vae, self._pixels, unscale_latents(self.config, latents.float()), "latents to decode")
         return Decoded(pixels, fallbacks)
 
+    def _moments(self, vae: LatentModel, x: Tensor) -> Tensor:
+        tiled = self.tile_rows is not None and isinstance(vae, Autoencoder)
+        return torch.cat(tiled_encode(vae, x, self.tile_rows) if tiled else vae.encode(x), dim=1)
 
-def _dtype(vae: Autoencoder) -> torch.dtype:
+    def _pixels(self, vae: LatentModel, z: Tensor) -> Tensor:
+        tiled = self.tile_rows is not None and isinstance(vae, Autoencoder)
+        return tiled_decode(vae, z, self.tile_rows) if tiled else vae.decode(z)
+
+
+def _dtype(vae: LatentModel) -> torch.dtype:
     return next(vae.parameters()).dtype
 
 
-def _finite(vae: Autoencoder, compute: Callable[[Autoencoder, Tensor], Tensor], x: Tensor, what: str) -> tuple[Tensor, tuple[tuple[str, ...], ...]]:
+def _finite(vae: LatentModel, compute: Callable[[LatentModel, Tensor], Tensor], x: Tensor, what: str) -> tuple[Tensor, tuple[tuple[str, ...], ...]]:
     """Return compute(vae, x) as float32, the rows that were not finite computed again in float32; with one tuple of fallbacks a row."""
     if not x.isfinite().all():
         raise RenderError(f"The {what} hold NaN or infinite values; wanted finite ones; what made them overflowed, so run it in float32.")

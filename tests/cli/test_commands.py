@@ -37,7 +37,9 @@ def pixels(path: str | Path) -> np.ndarray[Any, Any]:
 
 
 def test_prompt_to_picture(ensemble_folder: Path, tmp_path: Path):
-    result = CliRunner().invoke(app, ["generate", "a red [apple] [/b]", "--model", str(ensemble_folder), "--out", str(tmp_path / "a.png"), "--seed", "7"])
+    result = CliRunner().invoke(
+        app, ["generate", "a red [apple] [/b]", "--model", str(ensemble_folder), "--out", str(tmp_path / "a.png"), "--seed", "7"]
+    )
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'a.png'}\n"
     assert "step 4/4 low sigma" in result.stderr
@@ -52,7 +54,9 @@ def test_prompt_to_picture(ensemble_folder: Path, tmp_path: Path):
 def test_defaults_come_from_the_model_and_options_replace_them(generate: Generate):
     settings = generate("a", "--seed", "1")[0]["settings"]
     assert (settings["steps"], settings["sampler"], settings["schedule"], settings["guidance"]) == (4, "dpmpp_2m", "trailing", 3.0)
-    changed = generate("a", "--seed", "1", "--steps", "3", "--sampler", "ddim", "--eta", "0.5", "--guidance", "1.5", "--width", "48", "--height", "36")[0]
+    changed = generate(
+        "a", "--seed", "1", "--steps", "3", "--sampler", "ddim", "--eta", "0.5", "--guidance", "1.5", "--width", "48", "--height", "36"
+    )[0]
     assert pixels(changed["path"]).shape == (36, 48, 3)
     applied = {key: changed["settings"][key] for key in ("steps", "sampler", "schedule", "eta", "guidance", "width", "height")}
     assert applied == {"steps": 3, "sampler": "ddim", "schedule": "trailing", "eta": 0.5, "guidance": 1.5, "width": 48, "height": 36}
@@ -213,7 +217,9 @@ BAD_ARGUMENTS: list[tuple[list[str], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "code", "said"), BAD_ARGUMENTS, ids=[" ".join(a)[:24].encode("ascii", "backslashreplace").decode() for a, *_ in BAD_ARGUMENTS])
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"), BAD_ARGUMENTS, ids=[" ".join(a)[:24].encode("ascii", "backslashreplace").decode() for a, *_ in BAD_ARGUMENTS]
+)
 def test_bad_arguments(ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str):
     assert run(["generate", *arguments, "--model", str(ensemble_folder), "--out", f"{tmp_path}/"]) == code
     output = capsys.readouterr()
@@ -276,9 +282,7 @@ def _no_index(folder: Path) -> None:
         (_edit("scheduler/scheduler_config.json", beta_schedule="magic"), 4, "magic"),
     ],
 )
-def test_bad_models(
-    ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], code: int, said: str
-):
+def test_bad_models(ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], code: int, said: str):
     folder = tmp_path / "model"
     shutil.copytree(ensemble_folder, folder)
     damage(folder)

@@ -56,7 +56,9 @@ def test_other_programs_find_the_customary_text(tmp_path: Path):
             image.load()
             comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")
             text = image.info["parameters"] if picture_format == "png" else comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
-        assert text.startswith("a café\nNegative prompt: blurry & <dull>\nSteps: 20, Sampler: euler, Schedule type: trailing, CFG scale: 2.5, Seed: 7, Size: 40x24")
+        assert text.startswith(
+            "a café\nNegative prompt: blurry & <dull>\nSteps: 20, Sampler: euler, Schedule type: trailing, CFG scale: 2.5, Seed: 7, Size: 40x24"
+        )
 
 
 def test_lossless_formats_keep_every_pixel(tmp_path: Path):

@@ -1,0 +1,79 @@
+"""Score a model folder on held-out prompts with the pixel oracle, beside true renders and shuffled captions.
+
+    python scripts/embedded/evaluate.py --stage shapes --out build/evaluation
+
+Draws one picture for each of `--count` prompts (seed = the prompt's number), writes the contact sheet sheet.png and scores.json, and prints the
+rates. About a second a picture on two cores.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from oracle import Picture, Prompt, evaluation_prompts, judge, score
+from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.loading import Model, load_model
+from tu_diffuse.pipeline.request import resolve
+from tu_diffuse.pipeline.text_to_image import Picture as Drawn
+from tu_diffuse.pipeline.text_to_image import text_to_image
+from world import SIDE, STAGES, render
+
+CAPTION = 40  # px under each picture of the sheet
+
+
+def draw(model: Model, text: str, seed: int, guidance: float | None, steps: int | None) -> Picture:
+    """One picture, (128, 128, 3) uint8."""
+    request = resolve(model.folder, text, [seed], guidance=guidance, steps=steps)
+    return next(event for event in text_to_image(model, request) if isinstance(event, Drawn)).pixels.numpy()
+
+
+def contact_sheet(pictures: list[Picture], prompts: list[Prompt], stickers: tuple[str, ...], columns: int = 10) -> Image.Image:
+    """The pictures with their prompts; a failed one is marked x."""
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (SIDE + 4), rows * (SIDE + CAPTION)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        x, y = i % columns * (SIDE + 4), i // columns * (SIDE + CAPTION)
+        sheet.paste(Image.fromarray(picture), (x, y))
+        right = judge(picture, prompt.scene, background=prompt.background_said, stickers=stickers).all_ok
+        words = f"{'ok' if right else 'x'} {prompt.text}"
+        pen.multiline_text((x, y + SIDE + 1), "\n".join(words[k : k + 24] for k in range(0, 72, 24)), fill="black", font_size=10, spacing=1)
+    return sheet
+
+
+def main() -> None:
+    """Draw, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="model folder; the embedded one by default")
+    parser.add_argument("--stage", choices=tuple(STAGES), default="shapes")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    stickers = STAGES[options.stage].stickers
+    prompts = evaluation_prompts(options.count, stage=options.stage)
+    model = load_model(open_folder(options.model))
+    pictures = [draw(model, prompt.text, seed, options.guidance, options.steps) for seed, prompt in enumerate(prompts)]
+    truth = [render(prompt.scene) for prompt in prompts]
+    order = np.random.default_rng(0).permutation(len(prompts))
+    scores = {
+        "model": score(pictures, prompts, stickers),
+        "true renders": score(truth, prompts, stickers),
+        "shuffled captions": score([pictures[i] for i in order], prompts, stickers),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    contact_sheet(pictures[:60], prompts[:60], stickers).save(options.out / "sheet.png")
+    (options.out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    for name, rates in scores.items():
+        print(name, " ".join(f"{key} {rate:.0%}" for key, rate in rates.items()))
+
+
+if __name__ == "__main__":
+    main()
