@@ -16,7 +16,8 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
       tu-diffuse doctor --json
 
-    With --json one line: tu_diffuse, python, system, threads, memory_gb, embedded_model, libraries, devices (device, name, memory_gb, dtypes, attention).
+    With --json one line: tu_diffuse, python, system, threads, memory_gb, embedded_model, libraries, and devices
+    (each with device, name, memory_gb, dtypes, attention).
     """
     del debug  # read in main.py
     from ..pipeline.doctor import diagnose

@@ -57,7 +57,8 @@ def generate(
 
       echo "a green heart" | tu-diffuse generate - --out heart.webp
 
-    With --json each picture is one line: path, steps_strip, prompt, seed, seconds, truncated (words that did not fit), fallbacks, settings (all that was applied).
+    With --json each picture is one line: path, steps_strip, prompt, seed, seconds, truncated (words that did not fit),
+    fallbacks, settings (all that was applied).
     """
     del debug  # read in main.py
     texts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
@@ -77,24 +78,28 @@ def generate(
     from .progress import Reporter
 
     folder = open_folder(model)
-    asked = {
-        "negative": negative,
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "sampler": sampler,
-        "schedule": schedule,
-        "sigmas": None if sigmas is None else _numbers("sigmas", sigmas),
-        "eta": eta,
-        "guidance": guidance,
-        "guidance_rescale": guidance_rescale,
-        "guidance_interval": None if guidance_interval is None else _pair("guidance-interval", guidance_interval),
-        "apg": apg,
-        "dynamic_threshold": dynamic_threshold,
-        "strict": strict,
-    }
-    firsts = [random_seed(count) if seed is None else seed for _ in texts]
-    requests = [resolve(folder, text, range(first, first + count), **asked) for text, first in zip(texts, firsts, strict=True)]
+    requests = [
+        resolve(
+            folder,
+            text,
+            range(first, first + count),
+            negative=negative,
+            width=width,
+            height=height,
+            steps=steps,
+            sampler=sampler,
+            schedule=schedule,
+            sigmas=None if sigmas is None else _numbers("sigmas", sigmas),
+            eta=eta,
+            guidance=guidance,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=None if guidance_interval is None else _pair("guidance-interval", guidance_interval),
+            apg=apg,
+            dynamic_threshold=dynamic_threshold,
+            strict=strict,
+        )
+        for text, first in ((text, random_seed(count) if seed is None else seed) for text in texts)
+    ]
     target = plan_target(out, name, format, pictures=len(texts) * count)
     loaded = load_model(folder, dtype=dtype, device=device, attention=attention)
     gc.freeze()

@@ -13,18 +13,18 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
     """Facts about a model folder, JSON-compatible.
 
     Returns:
-        kind ("model"), name, hash, family, prediction (what the U-Nets put out), size_multiple (of width and height, in pixels), parameters, defaults,
-        experts (name, folder, sigma interval, guidance, parameters, dtype) and parts (name, class, parameters, dtype, megabytes).
+        kind ("model"), name, hash, family, prediction (what the U-Nets put out), size_multiple (of width and height, in pixels), parameters,
+        defaults, experts (name, folder, sigma interval, guidance, parameters, dtype) and parts (name, class, parameters, dtype, megabytes).
 
     Raises:
         ModelError: a weight file is missing or not valid.
     """
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"name": name, "class": kind} | _weights(folder.path / name, "model" if name.startswith("text_encoder") else "diffusion_pytorch_model")
         for name, kind in folder.parts.items()
         if name in ("vae", "conditioner") or name.startswith("text_encoder")
     ]
-    experts = [
+    experts: list[dict[str, Any]] = [
         {"name": e.name, "folder": e.subfolder, "sigma_min": e.sigma_min, "sigma_max": e.sigma_max, "guidance": e.guidance}
         | _weights(folder.path / e.subfolder, "diffusion_pytorch_model")
         for e in folder.experts

@@ -93,7 +93,7 @@ class ModelFolder:
         path: the folder.
         name: its last part; what pictures record.
         fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
-        family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (joined by `conditioner/`).
+        family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (with `conditioner/`).
         parts: component -> class, for those that are there.
         configs: component or expert's subfolder -> its parsed JSON config.
         experts: from low to high noise; one that covers all when there is no `experts.json`.

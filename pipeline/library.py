@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoencoderKL
+from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..contracts import Conditioning

@@ -7,10 +7,11 @@ architecture is not covered by our networks, the library's class takes its place
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..attention import AttentionBackend
 from ..errors import ModelError, UsageError
@@ -115,9 +116,20 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Skips the drawing of initial weights. On the meta device it would be lost work, and it makes torch import its compiler (over a second)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        del types
+        named = {} if kwargs is None else kwargs
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return named["tensor"] if "tensor" in named else args[0]
+        return torch.empty(*args, **named) if func is torch.randn else func(*args, **named)
+
+
 def _laid_out(make: Callable[[], M]) -> M:
     """Build a network without storage for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         return make()
 
 
@@ -199,5 +211,5 @@ def _experts(folder: ModelFolder, dtype: torch.dtype, device: torch.device, back
         from .library import library_expert
 
         loaders = {entry.name: partial(library_expert, folder, entry, dtype, device, refusal) for entry in folder.experts}
-        return ExpertPool(folder.experts, loaders, keep), ("unet-by-diffusers",)
+        return ExpertPool(folder.experts, loaders, keep), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
     return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, backend, keep=keep), ()

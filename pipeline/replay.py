@@ -40,7 +40,9 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
         DataError: the settings lack an entry or hold one that cannot be.
     """
     try:
-        copied = {name: settings[name] for name in _COPIED}
+        copied: dict[str, Any] = {name: settings[name] for name in _COPIED}
+        if copied["schedule"] == "custom":
+            del copied["schedule"]  # the sigmas say it
         interval = settings["guidance_interval"]
         request = resolve(
             folder,
@@ -48,7 +50,7 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
             settings["batch"],
             guidance=None if settings["expert_guidance"] else settings["guidance"],
             guidance_interval=None if interval is None else (interval[0], interval[1]),
-            **(copied | {"schedule": None if copied["schedule"] == "custom" else copied["schedule"]}),
+            **copied,
         )
         return request, request.seeds.index(settings["seed"])
     except (KeyError, TypeError, ValueError, IndexError) as error:

@@ -92,9 +92,13 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
 
     # Denoise: the sampler asks the guided experts, one step after the other.
     experts = model.experts.table(schedule.timestep_at)
-    denoise = GuidedDenoiser(experts, _guidance(model, request), negative.conditioning)
+    guided = GuidedDenoiser(experts, _guidance(model, request), negative.conditioning)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return guided(x, sigma, conditioning)
+
     steps = sampler.function(
-        lambda x, sigma: denoise(x, sigma, conditioning),
+        denoise,
         noise * schedule.initial_scale,
         schedule.sigmas,
         noise_source(generators, shape, model.device),

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 import tu_diffuse
 
 ROOT = Path(tu_diffuse.__file__).parent
@@ -57,7 +56,8 @@ def test_help_imports_no_torch_and_is_quick(command: list[str]):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     exit_code, heavy, seconds = done.stderr.split()[0], done.stderr.split("[")[1].split("]")[0], float(done.stderr.split()[-1])
-    assert exit_code == "0" and heavy == ""
+    assert exit_code == "0"
+    assert heavy == ""
     assert seconds < 0.3
     assert "Exit codes" in done.stdout
     assert not command or "Examples:" in done.stdout
@@ -77,7 +77,8 @@ def test_the_main_path_imports_no_heavy_library(ensemble_folder: Path, tmp_path:
     assert done.stdout.strip() == tu_diffuse.__version__
     assert time.perf_counter() - started < 10
     module = subprocess.run([sys.executable, "-m", "tu_diffuse", "info", str(tmp_path / "absent.png")], capture_output=True, text=True, check=False)
-    assert module.returncode == 2 and "absent.png' is not there" in module.stderr
+    assert module.returncode == 2
+    assert "absent.png' is not there" in module.stderr
 
 
 def test_no_dangerous_calls():

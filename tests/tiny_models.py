@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
-
 from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
 from tu_diffuse.unet.experts import ExpertEntry, write_experts
 

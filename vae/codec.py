@@ -1,46 +1,22 @@
 """Pixels to scaled latents and back, with a float32 retry: a picture comes back finite, or RenderError is raised."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import DataError, RenderError, UsageError
 from .autoencoder import Autoencoder
+from .autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
+from .config import AutoencoderConfig
 from .tiling import tiled_decode, tiled_encode
 
+LatentModel = Autoencoder | AutoencoderDC
+LatentConfig = AutoencoderConfig | AutoencoderDCConfig
+
 FLOAT32_RETRY = "vae-float32-retry"
-
-
-class LatentScale(Protocol):
-    """What the codec reads of a VAE's config; `AutoencoderConfig` says what each field means."""
-
-    @property
-    def scaling_factor(self) -> float: ...  # noqa: D102
-    @property
-    def shift_factor(self) -> float | None: ...  # noqa: D102
-    @property
-    def latents_mean(self) -> Sequence[float] | None: ...  # noqa: D102
-    @property
-    def latents_std(self) -> Sequence[float] | None: ...  # noqa: D102
-    @property
-    def force_upcast(self) -> bool: ...  # noqa: D102
-    @property
-    def downscale(self) -> int: ...  # noqa: D102
-
-
-class LatentModel(Protocol):
-    """What the codec asks of a VAE, an `nn.Module`: `Autoencoder`, `AutoencoderDC`, or one of a library behind the same methods."""
-
-    @property
-    def config(self) -> LatentScale: ...  # noqa: D102
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]: ...  # noqa: D102
-    def decode(self, z: Tensor) -> Tensor: ...  # noqa: D102
-    def parameters(self) -> Iterator[nn.Parameter]: ...  # noqa: D102
-    def float(self) -> Self: ...  # noqa: D102
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +45,7 @@ class Decoded:
     fallbacks: tuple[tuple[str, ...], ...]
 
 
-def scale_latents(config: LatentScale, z: Tensor) -> Tensor:
+def scale_latents(config: LatentConfig, z: Tensor) -> Tensor:
     """Bring the VAE's own latents to the scale that the denoiser is trained in.
 
     (z − shift)·scaling (Rombach et al. 2022, section D.1; the shift as SD3 has it), or (z − mean)·scaling/std where the config carries
@@ -83,13 +59,13 @@ def scale_latents(config: LatentScale, z: Tensor) -> Tensor:
     return (z - shift) * scale
 
 
-def unscale_latents(config: LatentScale, latents: Tensor) -> Tensor:
+def unscale_latents(config: LatentConfig, latents: Tensor) -> Tensor:
     """Invert `scale_latents`: (batch, latent_channels, h, w) from the denoiser's scale to the VAE's own."""
     shift, scale = _affine(config, latents)
     return latents / scale + shift
 
 
-def _affine(config: LatentScale, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def _affine(config: LatentConfig, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
     if config.latents_mean is not None and config.latents_std is not None:
         mean, std = (like.new_tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
         return mean, config.scaling_factor / std
@@ -156,12 +132,14 @@ class LatentCodec:
         return Decoded(pixels, fallbacks)
 
     def _moments(self, vae: LatentModel, x: Tensor) -> Tensor:
-        tiled = self.tile_rows is not None and isinstance(vae, Autoencoder)
-        return torch.cat(tiled_encode(vae, x, self.tile_rows) if tiled else vae.encode(x), dim=1)
+        if self.tile_rows is not None and isinstance(vae, Autoencoder):
+            return torch.cat(tiled_encode(vae, x, self.tile_rows), dim=1)
+        return torch.cat(vae.encode(x), dim=1)
 
     def _pixels(self, vae: LatentModel, z: Tensor) -> Tensor:
-        tiled = self.tile_rows is not None and isinstance(vae, Autoencoder)
-        return tiled_decode(vae, z, self.tile_rows) if tiled else vae.decode(z)
+        if self.tile_rows is not None and isinstance(vae, Autoencoder):
+            return tiled_decode(vae, z, self.tile_rows)
+        return vae.decode(z)
 
 
 def _dtype(vae: LatentModel) -> torch.dtype:

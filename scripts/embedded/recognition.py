@@ -200,7 +200,7 @@ def recognise(picture: Float, ground: Float, distance: Float, region: Bool, name
     word = nearest_colour(colour)
     paint = COLOURS[word] + np.clip(colour - COLOURS[word], -MAX_OFFSET, MAX_OFFSET)
     uneven = math.sqrt(float(((picture[region] - colour) ** 2).mean(axis=1).clip(0, 80**2)[inner[region]].mean()))
-    error = _rms(below + (paint - below) * whole[..., None], crop) + uneven
+    error = _rms(below + (paint - below) * whole[..., None], crop) + 0.6 * uneven
     best = Found(shape if overlap[shape] >= MIN_IOU else None, word, (left + right) / 2, (top + bottom) / 2, *size, error)
 
     left, top, right, bottom = _box(region)
@@ -209,7 +209,7 @@ def recognise(picture: Float, ground: Float, distance: Float, region: Bool, name
     plain = min(areas(name), key=lambda area: float(np.linalg.norm(middle - np.array(area))))
     for kind in stickers:
         template, aspect = _sticker_template(kind, plain)
-        rms = _rms(template, crop) + 40 * abs(math.log((right - left) / (bottom - top) / aspect))
+        rms = _rms(template, crop) + 25 * abs(math.log((right - left) / (bottom - top) / aspect))
         if rms < best.error:
             best = Found(kind if rms <= MAX_RMS else None, best.colour, (left + right) / 2, (top + bottom) / 2, right - left, bottom - top, rms)
     return best

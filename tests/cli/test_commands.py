@@ -4,17 +4,17 @@ import json
 import shutil
 from collections.abc import Callable
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
-
 from tu_diffuse.cli.main import app, run
 from tu_diffuse.pipeline.metadata import read_metadata
 from tu_diffuse.schedulers.registry import SAMPLERS
+from typer.testing import CliRunner
 
 Generate = Callable[..., list[dict[str, Any]]]
 
@@ -108,7 +108,7 @@ def test_equal_names_are_numbered(generate: Generate):
 
 def test_words_beyond_the_limit_are_named(generate: Generate, ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     line = generate("abc defghijklmnop qrstuvwxyz")[0]
-    assert line["truncated"]["clip"] == "qrstuvwxyz"[0:0] + "defghijklmnop qrstuvwxyz"
+    assert line["truncated"]["clip"] == "defghijklmnop qrstuvwxyz"
     arguments = ["generate", "abc defghijklmnop qrstuvwxyz", "--model", str(ensemble_folder), "--out", str(tmp_path / "s.png"), "--strict"]
     assert run(arguments) == 2
     assert "'defghijklmnop qrstuvwxyz' do not fit" in capsys.readouterr().err
@@ -153,10 +153,11 @@ def test_strip_and_preview(generate: Generate, tmp_path: Path):
     strip = pixels(line["steps_strip"])
     assert strip.shape == (158, 4 * 128, 3)
     tiles = [strip[:128, i * 128 + 48 : i * 128 + 80][:32] for i in range(4)]
-    assert all((a != b).any() for a, b in zip(tiles, tiles[1:], strict=False))
+    assert all((a != b).any() for a, b in pairwise(tiles))
     assert (tiles[3] == pixels(line["path"])).all()  # the last prediction is the picture
     markers = [tuple(strip[128, i * 128 + 5]) for i in range(4)]
-    assert len(set(markers[:3])) == 1 and markers[3] != markers[2]  # experts: three steps high, one low
+    assert len(set(markers[:3])) == 1
+    assert markers[3] != markers[2]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-cat-9-steps.png", "a-cat-9.png"]  # the preview is gone
 
 
@@ -178,7 +179,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]):
     assert run(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     cpu = report["devices"][-1]
-    assert cpu["device"] == "cpu" and "float32" in cpu["dtypes"] and "float32" in cpu["attention"]["math"]
+    assert cpu["device"] == "cpu"
+    assert "float32" in cpu["dtypes"]
+    assert "float32" in cpu["attention"]["math"]
     assert cpu["attention"]["cudnn"] == []
 
 
@@ -204,7 +207,7 @@ BAD_ARGUMENTS: list[tuple[list[str], int, str]] = [
     (["a", "--device", "tpu"], 2, "cpu, cuda, mps"),
     (["a", "--attention", "magic"], 2, "flash, efficient"),
     (["a", "--format", "gif"], 2, "png, jpeg, webp"),
-    (["a", "--steps", "many"], 2, "many"),
+    (["a", "--steps", "many"], 2, "'--steps'"),
     (["a", "--no-such-option"], 2, "--no-such-option"),
     ([], 2, "Missing argument"),
     ([""], 2, "empty"),
@@ -224,7 +227,9 @@ def test_bad_arguments(ensemble_folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert run(["generate", *arguments, "--model", str(ensemble_folder), "--out", f"{tmp_path}/"]) == code
     output = capsys.readouterr()
     assert said in " ".join(output.err.split()).replace("│ ", "")
-    assert output.out == "" and "Traceback" not in output.err and "\x1b" not in output.err
+    assert output.out == ""
+    assert "Traceback" not in output.err
+    assert "\x1b" not in output.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -288,7 +293,8 @@ def test_bad_models(ensemble_folder: Path, tmp_path: Path, capsys: pytest.Captur
     damage(folder)
     assert run(["generate", "a", "--model", str(folder), "--out", str(tmp_path / "a.png")]) == code
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+    assert said in error
+    assert "Traceback" not in error
     assert not (tmp_path / "a.png").exists()
 
 
@@ -301,4 +307,5 @@ def test_unwritable_output(ensemble_folder: Path, tmp_path: Path, capsys: pytest
 def test_debug_adds_the_traceback(ensemble_folder: Path, capsys: pytest.CaptureFixture[str]):
     assert run(["generate", "a", "--model", str(ensemble_folder), "--steps", "0", "--debug"]) == 2
     error = capsys.readouterr().err
-    assert "Traceback" in error and "--steps 0 is out of range" in error
+    assert "Traceback" in error
+    assert "--steps 0 is out of range" in error

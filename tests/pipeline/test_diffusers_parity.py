@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, load_model
 from tu_diffuse.pipeline.request import resolve

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
 from tu_diffuse.errors import DataError
 from tu_diffuse.pipeline.metadata import FORMATS, encode_picture, read_metadata
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tu_diffuse.errors import OutputError, UsageError
 from tu_diffuse.pipeline.output import Target, plan_target, publish, replace, slug
 
@@ -98,7 +97,8 @@ def test_four_processes_write_every_file(tmp_path: Path):
 def test_names_are_safe_everywhere(prompt: str, seed: int):
     name = Target(Path(), None, "{prompt}-{seed}", "png").name(prompt, seed, 1)
     assert len(name.encode()) <= 160
-    assert not set(name) & set('<>:"/\\|?*\x00\n') and not name.startswith((".", "-"))
+    assert not set(name) & set('<>:"/\\|?*\x00\n')
+    assert not name.startswith((".", "-"))
     assert name.endswith(f"-{seed}.png")
 
 
