@@ -124,7 +124,7 @@ class _NoInitialisation(TorchFunctionMode):
         named = {} if kwargs is None else kwargs
         if getattr(func, "__module__", None) == "torch.nn.init":
             return named["tensor"] if "tensor" in named else args[0]
-        return torch.empty(*args, **named) if func is torch.randn else func(*args, **named)
+        return func(*args, **named)
 
 
 def _laid_out(make: Callable[[], M]) -> M:
@@ -175,7 +175,7 @@ def _t5(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: 
 
 def _conditioner(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> Conditioner:
     config = ConditionerConfig.from_dict(folder.configs["conditioner"])
-    return load_weights(_laid_out(lambda: Conditioner(config, backend)), folder.path / "conditioner", dtype=dtype, device=device)
+    return load_weights(Conditioner(config, backend), folder.path / "conditioner", dtype=dtype, device=device)  # small: laid out with storage
 
 
 def _codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[LatentCodec, tuple[str, ...]]:

@@ -105,7 +105,7 @@ class _TokenProjection(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width_in)
         self.linear = nn.Linear(width_in, width)
-        self.type_embedding = nn.Parameter(torch.randn(width) * 0.5)
+        self.type_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=0.5))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.linear(self.norm(tokens))
@@ -119,7 +119,7 @@ class Conditioner(nn.Module):
         self.config = config
         self.clip = _TokenProjection(config.clip_width, config.width)
         self.t5 = _TokenProjection(config.t5_width, config.width)
-        self.null_token = nn.Parameter(torch.randn(config.width))
+        self.null_token = nn.Parameter(nn.init.normal_(torch.empty(config.width)))
         self.refiner = nn.ModuleList(_RefinerLayer(config.width, config.refiner_heads, backend) for _ in range(config.refiner_layers))
         self.norm_out = nn.LayerNorm(config.width)
         self.pooled_clip_norm = nn.LayerNorm(config.clip_pooled_width)
