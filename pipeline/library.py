@@ -16,8 +16,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..contracts import Conditioning
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..unet.experts import ExpertEntry
+from ..unet.layers import Recorder
 from ..weights import weight_files
 from .folder import ModelFolder
 
@@ -37,11 +38,17 @@ class LibraryDenoiser:
         unet: in eval mode.
         prediction_type: "epsilon", "v_prediction" or "sample".
         to_timestep: sigma (batch,) to the timestep that the network is told.
+        recorder: None; the library's attention cannot be listened to.
     """
 
     unet: UNet2DConditionModel
     prediction_type: str
     to_timestep: Callable[[Tensor], Tensor]
+    recorder: Recorder | None = None
+
+    def __post_init__(self) -> None:
+        if self.recorder is not None:
+            raise UsageError("attention cannot be recorded with a U-Net that diffusers computes; use a model whose architecture is covered.")
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict x0; see `contracts.Denoiser`."""

@@ -65,21 +65,47 @@ def randomised(module: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        scale = 0.1 if parameter.ndim < 2 else 1.0 if "embedding" in name else 0.7 / parameter[0].numel() ** 0.5
+        scale = 0.1 if parameter.ndim < 2 else 1.0 if "embedding" in name else 0.5 / parameter[0].numel() ** 0.5
         centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
         parameter.data = centre + scale * noise
     return module.eval()
 
 
+@torch.no_grad()
+def noise_predicting(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Make a random epsilon network return mostly the noise in its input, as a trained one does, so that its latents are of the usual size.
+
+    Channels 2c and 2c + 1 carry +x_c and −x_c from `conv_in` over the last skip to `conv_out`, where silu(a) − silu(−a) = a.
+    Everything else that the network computes is added at a tenth.
+    """
+    latents = unet.config["in_channels"]
+    signs = torch.eye(latents).repeat_interleave(2, dim=0) * torch.tensor([1.0, -1.0]).repeat(latents)[:, None]  # (2·latents, latents)
+    carried = slice(0, 2 * latents)
+    unet.conv_in.weight[carried], unet.conv_in.bias[carried] = 0, 0
+    unet.conv_in.weight[carried, :, 1, 1] = signs
+    last, width = unet.up_blocks[-1].resnets[-1], unet.conv_in.out_channels
+    last.conv_shortcut.weight[carried], last.conv_shortcut.bias[carried] = 0, 0
+    last.conv_shortcut.weight[carried, width : width + 2 * latents, 0, 0] = torch.eye(2 * latents)
+    for layer in (last.conv2, unet.up_blocks[-1].attentions[-1].proj_out, unet.conv_out):
+        layer.weight *= 0.1
+        layer.bias *= 0.1
+    unet.conv_norm_out.weight[carried], unet.conv_norm_out.bias[carried] = 1, 0
+    unet.conv_out.weight[:, carried] = 0
+    unet.conv_out.weight[:, carried, 1, 1] = signs.T
+    return unet
+
+
 def sd_folder(folder: Path, prediction_type: str = "epsilon") -> Path:
     """Stable Diffusion 1 (epsilon) or 2 (v_prediction) in miniature: 32 pixels, 16 latents."""
     second = prediction_type == "v_prediction"
-    unet = UNet2DConditionModel(**_UNET, cross_attention_dim=16, attention_head_dim=(2, 4) if second else 4, use_linear_projection=second)
+    unet = randomised(
+        UNet2DConditionModel(**_UNET, cross_attention_dim=16, attention_head_dim=(2, 4) if second else 4, use_linear_projection=second), 3
+    )
     StableDiffusionPipeline(
         vae=randomised(AutoencoderKL(**_VAE), 1),
         text_encoder=randomised(CLIPTextModel(clip_config(16, "gelu" if second else "quick_gelu")), 2),
         tokenizer=clip_tokenizer(folder.with_name(folder.name + "-tokenizer")),
-        unet=randomised(unet, 3),
+        unet=unet if second else noise_predicting(unet),
         scheduler=EulerDiscreteScheduler(**_SCHEDULER, prediction_type=prediction_type),
         safety_checker=None,
         feature_extractor=None,
@@ -106,7 +132,7 @@ def sdxl_folder(folder: Path) -> Path:
         text_encoder_2=randomised(CLIPTextModelWithProjection(clip_config(24, "gelu")), 4),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=randomised(unet, 3),
+        unet=noise_predicting(randomised(unet, 3)),
         scheduler=EulerDiscreteScheduler(**_SCHEDULER, timestep_spacing="leading"),
     ).save_pretrained(folder)
     return folder

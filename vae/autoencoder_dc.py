@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .config import _frozen, _is_count, _is_number
+from .config import frozen, is_count, is_number
 
 NORM_EPS = 1e-5
 LOGVAR = -30.0
@@ -72,7 +72,7 @@ class AutoencoderDCConfig:
     def __post_init__(self) -> None:
         """Check every field; ModelError names the first that is not usable."""
         for name, top in (("in_channels", 64), ("latent_channels", 1024)):
-            self._require(_is_count(getattr(self, name), top), name, f"a whole number from 1 to {top}")
+            self._require(is_count(getattr(self, name), top), name, f"a whole number from 1 to {top}")
         for side, has_shortcut in (("encoder", "encoder_out_shortcut"), ("decoder", "decoder_in_shortcut")):
             self._require(isinstance(getattr(self, has_shortcut), bool), has_shortcut, "true or false")
             self._check_side(side, getattr(self, has_shortcut))
@@ -88,11 +88,11 @@ class AutoencoderDCConfig:
         self._require(self.upsample_block_type == "pixel_shuffle", "upsample_block_type", "pixel_shuffle")
         self._require(self.downsample_block_type == "pixel_unshuffle", "downsample_block_type", "pixel_unshuffle")
         self._require(self.decoder_conv_act_fn in ("relu", "silu"), "decoder_conv_act_fn", "relu or silu")
-        self._require(_is_number(self.scaling_factor) and 1e-6 < self.scaling_factor < 1e6, "scaling_factor", "a number from 1e-6 to 1e6")
-        self._require(self.shift_factor is None or _is_number(self.shift_factor), "shift_factor", "a number or null")
+        self._require(is_number(self.scaling_factor) and 1e-6 < self.scaling_factor < 1e6, "scaling_factor", "a number from 1e-6 to 1e6")
+        self._require(self.shift_factor is None or is_number(self.shift_factor), "shift_factor", "a number or null")
         for name in ("latents_mean", "latents_std"):
             values: tuple[float, ...] | None = getattr(self, name)
-            usable = values is None or (len(values) == self.latent_channels and all(map(_is_number, values)))
+            usable = values is None or (len(values) == self.latent_channels and all(map(is_number, values)))
             self._require(usable, name, f"{self.latent_channels} numbers (latent_channels) or null")
         self._require(self.latents_std is None or min(self.latents_std) > 0, "latents_std", "numbers above 0")
         self._require((self.latents_mean is None) == (self.latents_std is None), "latents_mean", "set together with latents_std")
@@ -102,9 +102,9 @@ class AutoencoderDCConfig:
         widths_name, layers_name = f"{side}_block_out_channels", f"{side}_layers_per_block"
         widths: Sequence[int] = getattr(self, widths_name)
         layers: Sequence[int] = getattr(self, layers_name)
-        self._require(1 <= len(widths) <= 8 and all(_is_count(w, 8192) for w in widths), widths_name, "1 to 8 whole numbers from 1 to 8192")
-        usable = len(layers) == len(widths) and all(_is_count(n, 64) for n in layers[1:])
-        usable = usable and (_is_count(layers[0], 64) or (layers[0] == 0 and len(widths) > 1))
+        self._require(1 <= len(widths) <= 8 and all(is_count(w, 8192) for w in widths), widths_name, "1 to 8 whole numbers from 1 to 8192")
+        usable = len(layers) == len(widths) and all(is_count(n, 64) for n in layers[1:])
+        usable = usable and (is_count(layers[0], 64) or (layers[0] == 0 and len(widths) > 1))
         self._require(usable, layers_name, f"{len(widths)} whole numbers from 1 to 64 (the first may be 0)")
         used = widths[1:] if layers[0] == 0 else widths
         for fine, coarse in pairwise(used):
@@ -140,7 +140,7 @@ class AutoencoderDCConfig:
         """
         if config.get("_class_name", "AutoencoderDC") != "AutoencoderDC":
             raise _refusal("_class_name", config["_class_name"], "AutoencoderDC")
-        given = {key: _frozen(value) for key, value in config.items() if not key.startswith("_") and key not in _ATTENTION_ONLY}
+        given = {key: frozen(value) for key, value in config.items() if not key.startswith("_") and key not in _ATTENTION_ONLY}
         known = {field.name: str(field.type) for field in fields(cls)}
         for key, value in given.items():
             if key not in known:

@@ -55,9 +55,9 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         """Check every field; ModelError names the first that is not usable."""
         for name, top in (("in_channels", 64), ("out_channels", 64), ("layers_per_block", 16), ("latent_channels", 1024), ("norm_num_groups", 1024)):
-            _require(_is_count(getattr(self, name), top), name, getattr(self, name), f"a whole number from 1 to {top}")
+            _require(is_count(getattr(self, name), top), name, getattr(self, name), f"a whole number from 1 to {top}")
         widths = self.block_out_channels
-        usable = 1 <= len(widths) <= 8 and all(_is_count(w, 8192) and w % self.norm_num_groups == 0 for w in widths)
+        usable = 1 <= len(widths) <= 8 and all(is_count(w, 8192) and w % self.norm_num_groups == 0 for w in widths)
         _require(usable, "block_out_channels", widths, f"1 to 8 multiples of norm_num_groups ({self.norm_num_groups}), none above 8192")
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             _require(
@@ -65,12 +65,12 @@ class AutoencoderConfig:
             )
         _require(self.act_fn in ("silu", "swish"), "act_fn", self.act_fn, "silu")
         sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
-        _require(1 <= len(sizes) <= 2 and all(_is_count(s, 65536) for s in sizes), "sample_size", self.sample_size, "a side in pixels, or two")
-        _require(_is_number(self.scaling_factor) and 1e-6 < self.scaling_factor < 1e6, "scaling_factor", self.scaling_factor, "a number above 0")
-        _require(self.shift_factor is None or _is_number(self.shift_factor), "shift_factor", self.shift_factor, "a number or null")
+        _require(1 <= len(sizes) <= 2 and all(is_count(s, 65536) for s in sizes), "sample_size", self.sample_size, "a side in pixels, or two")
+        _require(is_number(self.scaling_factor) and 1e-6 < self.scaling_factor < 1e6, "scaling_factor", self.scaling_factor, "a number above 0")
+        _require(self.shift_factor is None or is_number(self.shift_factor), "shift_factor", self.shift_factor, "a number or null")
         for name in ("latents_mean", "latents_std"):
             values: tuple[float, ...] | None = getattr(self, name)
-            usable = values is None or (len(values) == self.latent_channels and all(map(_is_number, values)))
+            usable = values is None or (len(values) == self.latent_channels and all(map(is_number, values)))
             _require(usable, name, values, f"{self.latent_channels} numbers (latent_channels) or null")
         _require(self.latents_std is None or min(self.latents_std) > 0, "latents_std", self.latents_std, "numbers above 0")
         _require((self.latents_mean is None) == (self.latents_std is None), "latents_mean", self.latents_mean, "set together with latents_std")
@@ -91,7 +91,7 @@ class AutoencoderConfig:
             ModelError: a class, key or value that this autoencoder does not cover, named with its value.
         """
         _require(config.get("_class_name", "AutoencoderKL") == "AutoencoderKL", "_class_name", config.get("_class_name"), "AutoencoderKL")
-        given = {key: _frozen(value) for key, value in config.items() if not key.startswith("_")}
+        given = {key: frozen(value) for key, value in config.items() if not key.startswith("_")}
         known = {field.name: field.type for field in fields(cls)}
         for key, value in given.items():
             _require(key in known, key, value, "no such field")
@@ -105,15 +105,15 @@ class AutoencoderConfig:
         return {"_class_name": "AutoencoderKL"} | values
 
 
-def _frozen(value: object) -> object:
+def frozen(value: object) -> object:
     return tuple(cast(Sequence[object], value)) if isinstance(value, (list, tuple)) else value
 
 
-def _is_count(value: object, top: int) -> bool:
+def is_count(value: object, top: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= top
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -5,9 +5,13 @@ the picture, so colours shift from tile to tile, and overlap with blending only 
 begins. The statistics of each GroupNorm are pooled over the strips (Chan et al. 1979, equation 2.1), each 3×3 convolution borrows one row from the
 neighbours, and nothing is computed twice, so the result equals the untiled one up to rounding and there is no border to see.
 
-What is saved: a layer reads strips and drops them as it goes, so one feature map is alive, or two of half the width, where the untiled network
-holds four and the convolution's workspace. Attention needs every position at once and stays whole; it sits at the coarsest level, where a feature
-map is small and fused attention is linear in memory.
+What is saved: a layer reads strips and drops them as it goes, so one feature map of the widest kind is alive, or two of half the width, where the
+untiled network holds three and the convolution's workspace. Attention needs every position at once and stays whole; it sits at the coarsest level,
+where a feature map is small and fused attention is linear in memory.
+
+Measured on a Stable Diffusion shaped decoder with random weights (float32, channels_last, one core, rows = 4), memory over the weights: 448 MiB
+against 816 MiB untiled at 512 px in 1.04 times the CPU time, 142 against 285 MiB at 256 px. Greatest difference to the same decoder in float64, a
+quarter as wide, at 512 px: 2.5e-5; untiled 2.2e-5, and 2.0e-4 in channels_last, where PyTorch's GroupNorm on the CPU is the less exact one.
 """
 
 from collections.abc import Callable, Iterator

@@ -16,7 +16,7 @@ SIDE = 128
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # where Debian's fonts-noto-color-emoji puts it
 FONT_PX = 109  # the only size that the bitmap font has
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "crescent", "hexagon")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "heart", "ring", "crescent", "hexagon")
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (218, 36, 36),
     "orange": (246, 132, 26),
@@ -45,7 +45,7 @@ SCENIC: dict[str, tuple[tuple[int, int, int], ...]] = {
     "night": ((20, 24, 62), (28, 58, 56)),  # sky, hills
     "meadow": ((152, 212, 246), (112, 188, 82)),  # sky, grass
 }
-BACKGROUNDS = (*PLAIN, *SCENIC)
+BACKGROUNDS: tuple[str, ...] = (*PLAIN, *SCENIC)
 MIN_CONTRAST = 100.0  # euclidean distance in sRGB between an object and every area of its background
 MAX_ALIKE = 0.35  # share of a sticker's pixels that may be nearer than 60 to an area of its background
 

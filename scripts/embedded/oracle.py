@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter
-
 from drawing import SCENIC, SHAPES, SIDE
+from PIL import Image, ImageFilter
 from recognition import Found, find_objects
 from world import PLACES, SIZES, STAGES, Object, Scene, Stage, all_captions, render, sample_scene
 
@@ -127,7 +126,7 @@ def _belongs(scene: Scene, category: str) -> bool:
 
 
 def evaluation_prompts(n: int = 200, seed: int = 0, stage: str | Stage = "shapes") -> list[Prompt]:
-    """`n` fixed held-out prompts, the categories in turn: object, colour, position, two objects, relation; also sticker and count where the stage has them.
+    """`n` fixed held-out prompts, by category in turn: object, colour, position, two objects, relation, then sticker and count where it has any.
 
     The same arguments give the same prompts; none describes a scene that training can sample.
     """

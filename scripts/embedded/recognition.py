@@ -7,23 +7,25 @@ every shape, in its own colour, and every sticker at 24 × 24 px. Nothing is lea
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter
-
 from drawing import BACKGROUNDS, COLOURS, SHAPES, SIDE, areas, background, mask, sticker
+from PIL import Image, ImageFilter
 
 GRID = 24  # px of the crops that are compared by colour
 FRAME, AREA = 40, 225.0  # px of the masks that are compared by overlap, and the area that an object is scaled to
 DIFFERENT = 45.0  # distance from the background, in sRGB, from which a pixel belongs to an object
 SPECK = 60  # px; smaller regions are ignored (the smallest object covers about 250)
+FRAGMENT = 150  # px; smaller regions belong to a large one within 4 px
 MIN_IOU = 0.6  # a shape must overlap its template by this much
 MAX_RMS = 62.0  # a sticker may differ from its template by this much, root mean square over sRGB
 MAX_OFFSET = 14.0  # a background's colour may be off by this much per channel
 
-Float = npt.NDArray[np.float32]
+Float = npt.NDArray[np.floating[Any]]
 Bool = npt.NDArray[np.bool_]
+Kind = TypeVar("Kind", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Found:
         return max(self.width, self.height)
 
 
-def _neighbours(values: npt.NDArray[np.generic], radius: int) -> list[npt.NDArray[np.generic]]:
+def _neighbours(values: npt.NDArray[Kind], radius: int) -> list[npt.NDArray[Kind]]:
+    """`values` (h, w, ...) moved by every step of up to `radius` px, edges repeated."""
     padded = np.pad(values, [(radius, radius)] * 2 + [(0, 0)] * (values.ndim - 2), mode="edge")
     height, width = values.shape[:2]
     span = range(2 * radius + 1)
@@ -73,7 +76,9 @@ def find_background(picture: Float) -> tuple[str | None, Float, Float]:
     """
     border = np.ones((SIDE, SIDE), bool)
     border[5:-5, 5:-5] = False
-    offsets = {name: np.clip(np.median((picture - background(name))[border], axis=0), -MAX_OFFSET, MAX_OFFSET).astype(np.float32) for name in BACKGROUNDS}
+    offsets = {
+        name: np.clip(np.median((picture - background(name))[border], axis=0), -MAX_OFFSET, MAX_OFFSET).astype(np.float32) for name in BACKGROUNDS
+    }
 
     def cost(name: str) -> float:
         coarse = np.minimum(_distance(picture, name, offsets[name], 3), DIFFERENT)
@@ -114,7 +119,7 @@ def regions(different: Bool) -> list[Bool]:
         joined = False
         for i, a in enumerate(parts):
             for j in range(i + 1, len(parts)):
-                gap, small = _gap(_box(a), _box(parts[j])), parts[j].sum() < 0.2 * a.sum()
+                gap, small = _gap(_box(a), _box(parts[j])), parts[j].sum() < min(FRAGMENT, 0.2 * a.sum())
                 if gap < 0 or (small and gap <= 4):
                     parts[i] = a | parts.pop(j)
                     joined = True
@@ -132,7 +137,7 @@ def _resized(values: Float, size: tuple[int, int]) -> Float:
 
 
 def _normalised(cover: Float, stretch: float = 1.0) -> Float:
-    """A mask moved and scaled so that its centroid is in the middle of FRAME × FRAME and its area is AREA, then stretched; lost tips do little to it."""
+    """A mask moved and scaled so that its centroid is in the middle of FRAME × FRAME and its area is AREA, then stretched."""
     area = float(cover.sum())
     rows, columns = np.mgrid[: cover.shape[0], : cover.shape[1]]
     x, y = float((cover * columns).sum()) / area + 0.5, float((cover * rows).sum()) / area + 0.5
@@ -145,7 +150,9 @@ def _normalised(cover: Float, stretch: float = 1.0) -> Float:
 def _shape_templates(shape: str) -> tuple[Float, ...]:
     """The slightly soft mask of `shape`, normalised, and the same a little wider and taller."""
     hard = np.pad(mask(shape, 60)[..., 0], 20)
-    soft = (Image.fromarray((_normalised(hard, stretch) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1)) for stretch in (0.92, 1.0, 1.087))
+    soft = (
+        Image.fromarray((_normalised(hard, stretch) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(1)) for stretch in (0.92, 1.0, 1.087)
+    )
     return tuple(np.asarray(one, np.float32) / np.float32(255) for one in soft)
 
 
@@ -198,7 +205,7 @@ def recognise(picture: Float, ground: Float, distance: Float, region: Bool, name
     crop = _resized(np.ascontiguousarray(picture[top:bottom, left:right]), (GRID, GRID))
     below = _resized(np.ascontiguousarray(local), (GRID, GRID))
     word = nearest_colour(colour)
-    paint = COLOURS[word] + np.clip(colour - COLOURS[word], -MAX_OFFSET, MAX_OFFSET)
+    paint = np.array(COLOURS[word], np.float32) + np.clip(colour - np.array(COLOURS[word], np.float32), -MAX_OFFSET, MAX_OFFSET)
     uneven = math.sqrt(float(((picture[region] - colour) ** 2).mean(axis=1).clip(0, 80**2)[inner[region]].mean()))
     error = _rms(below + (paint - below) * whole[..., None], crop) + 0.6 * uneven
     best = Found(shape if overlap[shape] >= MIN_IOU else None, word, (left + right) / 2, (top + bottom) / 2, *size, error)

@@ -115,8 +115,7 @@ def test_words_beyond_the_limit_are_named(generate: Generate, ensemble_folder: P
     assert not (tmp_path / "s.png").exists()
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "suffix"), [*((sampler, "png") for sampler in SAMPLERS), ("euler_a", "jpg"), ("dpmpp_sde", "webp")])
 def test_replay_is_equal(generate: Generate, ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sampler: str, suffix: str):
     path = tmp_path / f"a.{suffix}"
     generate("a cat", "--sampler", sampler, "--seed", "9", "--steps", "3", "--guidance-rescale", "0.3", "--out", str(path))

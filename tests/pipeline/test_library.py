@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import randomised
-
 from tu_diffuse.errors import ModelError
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import load_model

@@ -16,11 +16,11 @@ PAIR = Scene("white", (STAR, CIRCLE), "left of")
 
 @pytest.mark.parametrize("stage", STAGE_NAMES)
 def test_true_renders_are_right_and_shuffled_ones_wrong(stage):
-    prompts, stickers = evaluation_prompts(60, 1, stage), STAGES[stage].stickers
+    prompts, stickers = evaluation_prompts(30, 1, stage), STAGES[stage].stickers
     pictures = [render(p.scene) for p in prompts]
     soft = [softened(p, np.random.default_rng(i)) for i, p in enumerate(pictures)]
     assert score(pictures, prompts, stickers)["all_ok"] >= 0.97
-    assert score(soft, prompts, stickers)["all_ok"] >= 0.93
+    assert score(soft, prompts, stickers)["all_ok"] >= 0.9
     shuffled = score([*pictures[7:], *pictures[:7]], prompts, stickers)
     assert shuffled["all_ok"] <= 0.1
     assert shuffled["binding_ok"] <= 0.15
