@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, load_newest, save
+from .workers import Workers
 
 LossAt = Callable[[int], Mapping[str, Tensor]]
 """Maps a step to its scalars; the one named "loss" is minimised, the others are logged."""
@@ -61,7 +62,9 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-def train(model: nn.Module, loss_at: LossAt, config: TrainConfig, folder: Path, report: Callable[[str], None]) -> nn.Module:
+def train(
+    model: nn.Module, loss_at: LossAt, config: TrainConfig, folder: Path, report: Callable[[str], None], workers: Workers = Workers()
+) -> nn.Module:
     """Train `model` in place until `config.steps`, continuing from the newest whole checkpoint in `folder` when there is one.
 
     Args:
@@ -70,6 +73,7 @@ def train(model: nn.Module, loss_at: LossAt, config: TrainConfig, folder: Path, 
         config: how to optimise.
         folder: receives checkpoints and `losses.jsonl`.
         report: called with a line of text every `config.log_every` steps.
+        workers: the processes that train together; each one's `loss_at` sees its own share of the batch.
 
     Returns:
         A copy of `model` that holds the exponential moving average of its weights.
@@ -86,7 +90,8 @@ def train(model: nn.Module, loss_at: LossAt, config: TrainConfig, folder: Path, 
         average = found.average
         _restore_optimizer(optimizer, parameters, found.optimizer)
     log = folder / "losses.jsonl"
-    keep_log_until(log, first)
+    if workers.writes:
+        keep_log_until(log, first)
     sums: dict[str, float] = {}
     started, seen = time.monotonic(), 0
     for step in range(first, config.steps):
@@ -94,6 +99,7 @@ def train(model: nn.Module, loss_at: LossAt, config: TrainConfig, folder: Path, 
             group["lr"] = config.learning_rate(step)
         scalars = loss_at(step)
         scalars["loss"].backward()
+        workers.average_gradients(parameters.values())
         norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
         if bool(torch.isfinite(norm)):
             optimizer.step()
@@ -102,13 +108,13 @@ def train(model: nn.Module, loss_at: LossAt, config: TrainConfig, folder: Path, 
         for name, value in scalars.items():
             sums[name] = sums.get(name, 0.0) + value.item()
         seen += 1
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+        if workers.writes and ((step + 1) % config.log_every == 0 or step + 1 == config.steps):
             means = {name: round(total / seen, 5) for name, total in sums.items()}
             with log.open("a") as file:
                 file.write(json.dumps({"step": step + 1, **means}) + "\n")
             report(f"step {step + 1}/{config.steps} {means} {(time.monotonic() - started) / seen:.3f} s a step")
             sums, seen, started = {}, 0, time.monotonic()
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        if workers.writes and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
             state = {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
             save(folder, Checkpoint(step + 1, dict(model.state_dict()), average, state, asdict(config)))
     return _with_weights(model, average)

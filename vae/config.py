@@ -106,14 +106,17 @@ class AutoencoderConfig:
 
 
 def frozen(value: object) -> object:
+    """Lists of JSON as tuples."""
     return tuple(cast(Sequence[object], value)) if isinstance(value, (list, tuple)) else value
 
 
 def is_count(value: object, top: int) -> bool:
+    """Whether it is a whole number from 1 to `top`."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= top
 
 
 def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

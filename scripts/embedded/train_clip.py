@@ -1,6 +1,6 @@
 """Train the CLIP pair of the embedded model by contrast (Radford et al. 2021) with open_clip.
 
-    python scripts/embedded/train_clip.py --text build/text --out build/clip --run build/runs/clip
+    python scripts/embedded/train_clip.py --text build/text --out build/clip --checkpoints build/runs/clip
 
 Half of each batch are hard negatives of the other half (colours exchanged, relation or place mirrored), so that the pooled vector has to say
 which colour belongs to which shape, and which is where. Run the same command again to resume.
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder with tokenizer/")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--checkpoints", type=Path, required=True, help="checkpoints")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--threads", type=int, default=2)
@@ -87,7 +87,7 @@ def main() -> None:
         right = ((image @ words.T).argmax(-1) == torch.arange(len(ids))).float().mean()
         return {"loss": contrast(image, words, scale), "accuracy": right.detach()}
 
-    trained = train(model, loss_at, config, options.run, lambda line: print(line, flush=True))
+    trained = train(model, loss_at, config, options.checkpoints, lambda line: print(line, flush=True))
     options.out.mkdir(parents=True, exist_ok=True)
     for part, name in (("text.", "model.safetensors"), ("visual.", "image_tower.safetensors")):
         weights = {key.removeprefix(part): tensor.contiguous() for key, tensor in trained.state_dict().items() if key.startswith(part)}

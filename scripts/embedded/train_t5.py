@@ -1,6 +1,6 @@
 """Train the T5 encoder of the embedded model by span corruption (Raffel et al. 2020, section 3.1.4) on scene documents.
 
-    python scripts/embedded/train_t5.py --text build/text --out build/t5 --run build/runs/t5
+    python scripts/embedded/train_t5.py --text build/text --out build/t5 --checkpoints build/runs/t5
 
 A document says one scene in two or three phrasings, so a masked colour, shape or relation can be told from the other phrasing: filling it in
 teaches which word belongs to which. The decoder is thrown away. Run the same command again to resume.
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder with tokenizer_2/")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--checkpoints", type=Path, required=True, help="checkpoints")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
@@ -100,7 +100,7 @@ def main() -> None:
         right = (result.logits.argmax(-1) == target)[target != _IGNORED].float().mean()
         return {"loss": result.loss, "accuracy": right.detach()}
 
-    trained = train(model, loss_at, config, options.run, lambda line: print(line, flush=True))
+    trained = train(model, loss_at, config, options.checkpoints, lambda line: print(line, flush=True))
     options.out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor for name, tensor in trained.state_dict().items() if name == "shared.weight" or name.startswith("encoder.")}
     weights.pop("encoder.embed_tokens.weight")

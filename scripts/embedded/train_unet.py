@@ -1,7 +1,7 @@
 """Train the U-Net of the embedded model, and its conditioner, on cached latents: first one network for all noise levels, then forks of it.
 
-    python scripts/embedded/train_unet.py --text build --latents build/latents/shapes --run build/runs/unet --out build/unet --steps 6000
-    python scripts/embedded/train_unet.py … --parent build/unet --t-min 0 --t-max 500 --run build/runs/low --out build/unet_low --steps 1500
+    python scripts/embedded/train_unet.py --text build --latents build/latents/shapes --checkpoints build/runs/unet --out build/unet --steps 6000
+    python scripts/embedded/train_unet.py … --parent build/unet --t-min 0 --t-max 500 --checkpoints build/runs/low --out build/unet_low --steps 1500
 
 A fork (`--parent`) starts from its parent's averaged weights, keeps the parent's conditioner frozen, and sees only its own timesteps, widened by
 a margin, since hard disjoint ranges are fragile. Run the same command again to resume. Every 500 steps it prints the text gap: the loss at a high
@@ -25,6 +25,7 @@ from tu_diffuse.text_encoders.t5 import T5Config, T5Encoder
 from tu_diffuse.text_encoders.tokenizer import load_tokenizer
 from tu_diffuse.training.loop import TrainConfig, batch_indices, generator_for, train
 from tu_diffuse.training.objective import ConditionedUNet, Objective, TextFeatures, denoising_loss, shifted_cosine_betas, text_gap
+from tu_diffuse.training.workers import join_workers
 from tu_diffuse.unet.config import UNetConfig
 from tu_diffuse.unet.unet import UNet
 from tu_diffuse.weights import load_weights
@@ -131,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder with text/, clip/ and t5/")
     parser.add_argument("--latents", type=Path, nargs="+", required=True)
-    parser.add_argument("--run", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--checkpoints", type=Path, required=True, help="checkpoints")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parent", type=Path, help="fork from this output")
     parser.add_argument("--t-min", type=int, default=0)
@@ -145,6 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    workers = join_workers()
     encoders = TextEncoders(options.text)
     latents, captions = load_data(options.latents)
     ids = encoders.tokenize(captions)
@@ -158,15 +160,17 @@ def main() -> None:
     config = TrainConfig(steps=options.steps, lr=options.lr, cooldown=options.cooldown, seed=options.seed, save_every=250)
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        generator = generator_for(config.seed, step)
-        rows = batch_indices(len(latents), options.batch_size, config.seed, step)
+        generator = generator_for(config.seed, step * workers.count + workers.rank)
+        rows = workers.share(batch_indices(len(latents), options.batch_size, config.seed, step))
         losses = denoising_loss(model, objective, latents[rows].float(), encoders.features(ids, rows), generator)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 500 == 0 and workers.writes:
             right, wrong = text_gap(model, objective, latents[rows].float(), encoders.features(ids, rows), 3 * objective.t_max // 4, generator)
             print(f"step {step + 1}: text gap {wrong:.4f} with shuffled captions against {right:.4f}", flush=True)
         return losses
 
-    save_model(train(model, loss_at, config, options.run, lambda line: print(line, flush=True)), options.out)  # pyright: ignore[reportArgumentType]
+    trained = train(model, loss_at, config, options.checkpoints, lambda line: print(line, flush=True), workers)
+    if workers.writes:
+        save_model(trained, options.out)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

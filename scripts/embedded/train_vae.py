@@ -1,6 +1,6 @@
 """Train the latent codec of the embedded model: 128×128 pictures to 8×8×16 latents.
 
-    python scripts/embedded/train_vae.py --out build/vae --run build/runs/vae
+    python scripts/embedded/train_vae.py --out build/vae --checkpoints build/runs/vae
 
 A deep-compression autoencoder (Chen et al. 2024) trained as a VAE whose posterior has the fixed deviation 0.1: loss = |x − x̂| + 2·(x − x̂)² + 0.002·μ²/2.
 It sees 64×64 crops around the objects of a third each of the three stages of the world, so that it knows stickers that the U-Net learns later.
@@ -70,7 +70,7 @@ def main() -> None:
     """Train, then write config.json and weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--run", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--checkpoints", type=Path, required=True, help="checkpoints")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=24_000)
@@ -94,7 +94,7 @@ def main() -> None:
         loss = F.l1_loss(decoded, x) + 2 * squared + 0.002 * size / 2
         return {"loss": loss, "squared": squared.detach(), "latent_size": size.detach()}
 
-    trained = train(vae, loss_at, config, options.run, lambda line: print(line, flush=True))
+    trained = train(vae, loss_at, config, options.checkpoints, lambda line: print(line, flush=True))
     options.out.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in trained.state_dict().items()}, options.out / "diffusion_pytorch_model.safetensors")
     (options.out / "config.json").write_text(json.dumps(shape.to_dict(), indent=2) + "\n")
