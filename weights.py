@@ -10,13 +10,14 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import ModelError, UnsafeError
 
@@ -34,7 +35,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     variant: str | None = None,
-    rename: Callable[[str], str | None] | None = None,
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> M:
     """Fill a module (usually on the meta device) with the weights of a model folder.
 
@@ -48,7 +49,7 @@ def load_weights(
         dtype: of floating-point tensors; as stored when None. Integer tensors keep theirs.
         device: where the tensors go.
         variant: the part between stem and ending, such as "fp16"; when None, the plain file or else the only variant there is.
-        rename: turns a name in the file into a name in the module, None to leave that tensor out.
+        convert: turns the file's names and shapes into the module's, for files of another make.
 
     Returns:
         `module` itself, in eval mode, no parameter asking for a gradient.
@@ -59,12 +60,13 @@ def load_weights(
     """
     state: dict[str, Tensor] = {}
     for path in weight_files(folder, stem, variant):
-        for name, tensor in read_safetensors(path).items():
-            new_name = name if rename is None else rename(name)
-            if new_name in state:
-                raise ModelError(f"Two tensors in {folder} are named {new_name!r}; save the model again.")
-            if new_name is not None:
-                state[new_name] = tensor
+        tensors = read_safetensors(path)
+        twice = sorted(tensors.keys() & state.keys())
+        if twice:
+            raise ModelError(f"Two files in {folder} hold a tensor named {twice[0]!r}; save the model again.")
+        state |= tensors
+    if convert is not None:
+        state = convert(state)
     _check_match(module.state_dict(), state, folder)
     for name, tensor in state.items():
         if tensor.is_floating_point():
@@ -77,6 +79,23 @@ def load_weights(
     if empty:
         raise ModelError(f"{type(module).__name__} has tensors that no file holds, built without storage: {_first(empty)}; name their device.")
     return module.to(device).requires_grad_(False).eval()
+
+
+def without_storage(make: Callable[[], M]) -> M:
+    """Build a module on the meta device, for `load_weights` to fill."""
+    with torch.device("meta"), _NoInitialisation():
+        return make()
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips the drawing of initial weights: on the meta device it is lost work, and makes torch import its compiler (over a second)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        del types
+        named = {} if kwargs is None else kwargs
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
 
 
 def weight_files(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> list[Path]:
@@ -139,9 +158,6 @@ def read_header(path: Path) -> dict[str, Any]:
     if len(header) > MAX_TENSORS:
         raise ModelError(f"{path} claims {len(header)} tensors, more than the {MAX_TENSORS} that are allowed.")
     return header
-
-
-_check_header = read_header
 
 
 def weights_sha256(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> str:

@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..weights import _check_header, weight_files
+from ..weights import read_header, weight_files
 from .folder import ModelFolder
 
 
@@ -45,7 +45,7 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
 
 
 def _weights(folder: Path, stem: str) -> dict[str, Any]:
-    tensors = [entry for path in weight_files(folder, stem) for entry in _check_header(path).values()]
+    tensors = [entry for path in weight_files(folder, stem) for entry in read_header(path).values()]
     parameters: Counter[str] = Counter()
     for entry in tensors:
         parameters[entry["dtype"]] += prod(entry["shape"])

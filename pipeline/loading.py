@@ -7,18 +7,15 @@ architecture is not covered by our networks, the library's class takes its place
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..attention import AttentionBackend
 from ..errors import ModelError, UsageError
-from ..text_encoders.clip import CLIPText, CLIPTextConfig, clip_key
+from ..text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict
 from ..text_encoders.conditioner import Conditioner, ConditionerConfig
 from ..text_encoders.encode import ClipPart, ClipT5Part, Encoded, T5Part, encode_clip_t5, encode_sd, encode_sdxl
-from ..text_encoders.t5 import T5Config, T5Encoder, t5_key
+from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
 from ..text_encoders.tokenizer import load_tokenizer
 from ..unet.config import UNetConfig
 from ..unet.residency import ExpertPool, expert_pool
@@ -26,14 +23,13 @@ from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
 from ..vae.config import AutoencoderConfig
-from ..weights import load_weights, weight_files
+from ..weights import load_weights, weight_files, without_storage
 from .folder import ModelFolder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEEP_BYTES = 4 * 2**30  # experts that are smaller on disk all stay in memory; of larger ones only the active and the next
+TILE_ROWS = 64  # latent rows that a KL autoencoder decodes at a time: 512 pixels at once, taller pictures in strips of the same result
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is told of pictures to draw and to avoid
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,23 +112,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Skips the drawing of initial weights. On the meta device it would be lost work, and it makes torch import its compiler (over a second)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        del types
-        named = {} if kwargs is None else kwargs
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return named["tensor"] if "tensor" in named else args[0]
-        return func(*args, **named)
-
-
-def _laid_out(make: Callable[[], M]) -> M:
-    """Build a network without storage for its weights."""
-    with torch.device("meta"), _NoInitialisation():
-        return make()
-
-
 def _encoder(
     folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend
 ) -> Callable[[str, str, int, int], tuple[Encoded, Encoded]]:
@@ -141,9 +120,9 @@ def _encoder(
     def clip(part: str) -> ClipPart:
         config = CLIPTextConfig.from_dict(folder.configs[part])
         projection = folder.parts[part] == "CLIPTextModelWithProjection"
-        tower = _laid_out(lambda: CLIPText(config, projection, backend))
+        tower = without_storage(lambda: CLIPText(config, projection, backend))
         tokenizer = load_tokenizer(folder.path / part.replace("text_encoder", "tokenizer"))
-        return ClipPart(tokenizer, load_weights(tower, folder.path / part, "model", dtype, device, rename=clip_key))
+        return ClipPart(tokenizer, load_weights(tower, folder.path / part, "model", dtype, device, convert=clip_state_dict))
 
     match folder.family:
         case "sd":
@@ -168,14 +147,14 @@ def _encoder(
 
 def _t5(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> T5Part:
     config = T5Config.from_dict(folder.configs["text_encoder_2"])
-    encoder = _laid_out(lambda: T5Encoder(config, backend))
+    encoder = without_storage(lambda: T5Encoder(config, backend))
     tokenizer = load_tokenizer(folder.path / "tokenizer_2")
-    return T5Part(tokenizer, load_weights(encoder, folder.path / "text_encoder_2", "model", dtype, device, rename=t5_key))
+    return T5Part(tokenizer, load_weights(encoder, folder.path / "text_encoder_2", "model", dtype, device, convert=t5_state_dict))
 
 
 def _conditioner(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> Conditioner:
     config = ConditionerConfig.from_dict(folder.configs["conditioner"])
-    return load_weights(Conditioner(config, backend), folder.path / "conditioner", dtype=dtype, device=device)  # small: laid out with storage
+    return load_weights(without_storage(lambda: Conditioner(config, backend)), folder.path / "conditioner", dtype=dtype, device=device)
 
 
 def _codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[LatentCodec, tuple[str, ...]]:
@@ -184,19 +163,16 @@ def _codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backen
     try:
         if folder.parts["vae"] == "AutoencoderDC":
             deep = AutoencoderDCConfig.from_dict(config)
-            vae = _laid_out(lambda: AutoencoderDC(deep))
+            vae = without_storage(lambda: AutoencoderDC(deep))
         else:
             kl = AutoencoderConfig.from_dict(config)
-            vae = _laid_out(lambda: Autoencoder(kl, backend))
+            vae = without_storage(lambda: Autoencoder(kl, backend))
     except ModelError as refusal:
         from .library import library_vae  # costs seconds of imports, so only where it is needed
 
         return LatentCodec(library_vae(folder, dtype, device, refusal)), ("vae-by-diffusers",)
-    return LatentCodec(load_weights(vae, folder.path / "vae", dtype=dtype, device=device, rename=_vae_key)), ()
-
-
-def _vae_key(name: str) -> str:
-    return next(iter(modernise_keys({name: torch.empty(0)})))
+    tile_rows = TILE_ROWS if isinstance(vae, Autoencoder) else None
+    return LatentCodec(load_weights(vae, folder.path / "vae", dtype=dtype, device=device, convert=modernise_keys), tile_rows), ()
 
 
 def _experts(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[ExpertPool, tuple[str, ...]]:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
 from tu_diffuse.schedulers.registry import SAMPLERS
 
 PROMPTS = ("a red circle", "a small blue star on the left", "a green heart above an orange square", "a yellow ring on a dark blue background")

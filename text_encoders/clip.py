@@ -216,19 +216,15 @@ def _causal_pad_bias(mask: Tensor | None) -> Tensor | None:
     return causal & mask[:, None, None, :]
 
 
-def clip_key(name: str) -> str | None:
-    """Name in `CLIPText` of a tensor of a CLIP text file.
+def clip_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a CLIP text file's tensors for `CLIPText.load_state_dict(strict=True)`.
 
     The prefix `text_model.` is added where it lacks (transformers >= 5.6 has no such level in `CLIPTextModel` and saves without it);
-    None for the buffer `position_ids` of older files: it only counts 0, 1, 2, …
+    the buffer `position_ids` of older files is left out: it only counts 0, 1, 2, …
     """
-    renamed = name if name.startswith((_PREFIX, "text_projection.")) else _PREFIX + name
-    return None if renamed == f"{_PREFIX}embeddings.position_ids" else renamed
-
-
-def clip_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a CLIP text file's tensors with `clip_key`, for `CLIPText.load_state_dict(strict=True)`."""
-    return {key: tensor for name, tensor in weights.items() if (key := clip_key(name)) is not None}
+    renamed = {name if name.startswith((_PREFIX, "text_projection.")) else _PREFIX + name: tensor for name, tensor in weights.items()}
+    renamed.pop(f"{_PREFIX}embeddings.position_ids", None)
+    return renamed
 
 
 def initialise_clip(model: CLIPText) -> None:

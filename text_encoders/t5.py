@@ -214,14 +214,10 @@ def position_buckets(offset: Tensor, buckets: int, max_distance: int) -> Tensor:
     return torch.where(offset > 0, side, 0) + torch.where(distance < exact, distance, far)
 
 
-def t5_key(name: str) -> str | None:
-    """Name in `T5Encoder` of a tensor of a T5 file; None for the decoder, its head, and the second name of the tied embedding."""
-    return None if name.startswith(("decoder.", "lm_head.", "encoder.embed_tokens.")) else name
-
-
 def t5_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a T5 file's tensors with `t5_key`; the embedding is also found where only its second name, `encoder.embed_tokens`, is saved."""
-    kept = {key: tensor for name, tensor in weights.items() if (key := t5_key(name)) is not None}
+    """Of a T5 file's tensors those of `T5Encoder`: no decoder, no head, and the tied embedding once, under whichever of its names it was saved."""
+    left_out = ("decoder.", "lm_head.", "encoder.embed_tokens.")
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(left_out)}
     if "encoder.embed_tokens.weight" in weights:
         kept.setdefault("shared.weight", weights["encoder.embed_tokens.weight"])
     return kept

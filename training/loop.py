@@ -7,8 +7,8 @@ steps of the uninterrupted one, and there is no random state to save.
 import json
 import math
 import time
-from copy import deepcopy
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, load_newest, save
-from .workers import Workers
+from .workers import ALONE, Workers
 
 LossAt = Callable[[int], Mapping[str, Tensor]]
 """Maps a step to its scalars; the one named "loss" is minimised, the others are logged."""
@@ -62,9 +62,7 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:
     return order[position * batch_size : (position + 1) * batch_size]
 
 
-def train(
-    model: nn.Module, loss_at: LossAt, config: TrainConfig, folder: Path, report: Callable[[str], None], workers: Workers = Workers()
-) -> nn.Module:
+def train(model: nn.Module, loss_at: LossAt, config: TrainConfig, folder: Path, report: Callable[[str], None], workers: Workers = ALONE) -> nn.Module:
     """Train `model` in place until `config.steps`, continuing from the newest whole checkpoint in `folder` when there is one.
 
     Args:

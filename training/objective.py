@@ -111,7 +111,9 @@ def diffuse(latents: Tensor, noise: Tensor, sigma: Tensor, prediction_type: str)
     return alpha * latents + spread * noise, target
 
 
-def text_gap(model: ConditionedUNet, objective: Objective, latents: Tensor, text: TextFeatures, t: int, generator: torch.Generator) -> tuple[float, float]:
+def text_gap(
+    model: ConditionedUNet, objective: Objective, latents: Tensor, text: TextFeatures, t: int, generator: torch.Generator
+) -> tuple[float, float]:
     """Loss at timestep `t` with the right captions and with captions shifted by one row: equal numbers mean that the text is ignored."""
     batch = len(latents)
     noise = torch.randn(latents.shape, generator=generator).to(latents)

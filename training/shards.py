@@ -63,7 +63,7 @@ def read_shard(path: Path) -> Iterator[Sample]:
         file.seek(end)
         tail = file.read()
     if len(tail) < _BLOCK or tail.strip(b"\0"):
-        raise DataError(f"Shard {path.name} is damaged at byte {end}: a tar ends in zeros, this one in other bytes; download it again or leave it out.")
+        raise DataError(f"Shard {path.name} is damaged at byte {end}: a tar ends in zeros; download it again or leave it out.")
     if parts:
         yield _sample(path, key, parts)
 

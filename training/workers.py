@@ -40,6 +40,9 @@ class Workers:
             gradient.copy_(mean.view_as(gradient))
 
 
+ALONE = Workers()
+
+
 def join_workers() -> Workers:
     """Join the group that torchrun's environment describes (gloo on the CPU, nccl with CUDA), or be alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))

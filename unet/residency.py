@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionBackend
 from ..errors import ModelError
-from ..weights import load_weights, read_json, weights_sha256
+from ..weights import load_weights, read_json, weights_sha256, without_storage
 from .config import UNetConfig
 from .denoiser import UNetDenoiser
 from .experts import Expert, ExpertEntry, ExpertTable
@@ -133,10 +133,8 @@ def load_expert(
     config = UNetConfig.from_dict(read_json(folder / "config.json"))
     if sha256 is not None and weights_sha256(folder, variant=variant) != sha256:
         raise ModelError(f"The weights in {folder} are not the ones that experts.json names (SHA-256 {sha256[:12]}…); fetch the model again.")
-    with torch.device("meta"):
-        unet = UNet(config, backend)
-    load_weights(unet, folder, dtype=dtype, device=device, variant=variant)
-    return UNetDenoiser(unet.to(memory_format=torch.channels_last), prediction_type, to_timestep)  # pyright: ignore[reportCallIssue]
+    unet = load_weights(without_storage(lambda: UNet(config, backend)), folder, dtype=dtype, device=device, variant=variant)
+    return UNetDenoiser(unet, prediction_type, to_timestep)
 
 
 def parked(load: Loader, device: torch.device | str) -> Loader:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-
 from train_unet import SCHEDULER
 from tu_diffuse.unet.experts import ExpertEntry, write_experts
 from tu_diffuse.weights import weights_sha256
@@ -36,7 +35,9 @@ def copy_part(source: Path, target: Path, stem: str = "diffusion_pytorch_model")
     """Copy config.json, and the weights as float16."""
     target.mkdir(parents=True)
     shutil.copyfile(source / "config.json", target / "config.json")
-    weights = {name: tensor.to(torch.float16) if tensor.is_floating_point() else tensor for name, tensor in load_file(source / f"{stem}.safetensors").items()}
+    weights = {
+        name: tensor.to(torch.float16) if tensor.is_floating_point() else tensor for name, tensor in load_file(source / f"{stem}.safetensors").items()
+    }
     save_file(weights, target / f"{stem}.safetensors", metadata={"format": "pt"})
 
 

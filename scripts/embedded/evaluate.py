@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-
 from oracle import Picture, Prompt, evaluation_prompts, judge, score
+from PIL import Image, ImageDraw
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, load_model
 from tu_diffuse.pipeline.request import resolve

@@ -18,7 +18,6 @@ from open_clip.loss import ClipLoss
 from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
 from tu_diffuse.text_encoders.clip import CLIPText, CLIPTextConfig, initialise_clip
 from tu_diffuse.text_encoders.tokenizer import Tokenizer, load_tokenizer
 from tu_diffuse.training.loop import TrainConfig, train

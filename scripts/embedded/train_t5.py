@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
-
 from train_tokenizers import SENTINELS
+from transformers import T5Config, T5ForConditionalGeneration
 from tu_diffuse.text_encoders.tokenizer import Tokenizer, load_tokenizer
 from tu_diffuse.training.loop import TrainConfig, train
 from world import STAGES, document, sample_scene

@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-
 from world import STAGES, document, sample_scene
 
 CLIP_TOKENS = 48  # longest prompt, special tokens counted

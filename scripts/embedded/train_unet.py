@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
 from tu_diffuse.schedulers.noise import NoiseSchedule
 from tu_diffuse.text_encoders.clip import CLIPText, CLIPTextConfig
 from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
@@ -113,7 +112,10 @@ def new_model(widths: tuple[int, int, int]) -> ConditionedUNet:
 
 def save_model(model: ConditionedUNet, out: Path) -> None:
     """Write `unet/`-style and `conditioner/` folders below `out`."""
-    for name, part, config in (("unet", model.unet, model.unet.config.to_dict()), ("conditioner", model.conditioner, model.conditioner.config.to_dict())):
+    for name, part, config in (
+        ("unet", model.unet, model.unet.config.to_dict()),
+        ("conditioner", model.conditioner, model.conditioner.config.to_dict()),
+    ):
         (out / name).mkdir(parents=True, exist_ok=True)
         weights = {key: tensor.contiguous() for key, tensor in part.state_dict().items()}
         save_file(weights, out / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

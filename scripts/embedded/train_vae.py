@@ -2,7 +2,8 @@
 
     python scripts/embedded/train_vae.py --out build/vae --checkpoints build/runs/vae
 
-A deep-compression autoencoder (Chen et al. 2024) trained as a VAE whose posterior has the fixed deviation 0.1: loss = |x − x̂| + 2·(x − x̂)² + 0.002·μ²/2.
+A deep-compression autoencoder (Chen et al. 2024) trained as a VAE whose posterior has the fixed deviation 0.1:
+loss = |x − x̂| + 2·(x − x̂)² + 0.002·μ²/2.
 It sees 64×64 crops around the objects of a third each of the three stages of the world, so that it knows stickers that the U-Net learns later.
 encode_latents.py --measure then writes the latents' mean and deviation into its config. Run the same command again to resume.
 """
@@ -18,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-
 from tu_diffuse.training.loop import TrainConfig, batch_indices, generator_for, train
 from tu_diffuse.vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from world import SIDE, STAGES, render, sample_scene
@@ -81,9 +81,7 @@ def main() -> None:
     shape = AutoencoderDCConfig.from_dict(SHAPE)
     vae = AutoencoderDC(shape).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     drawn, centres = pictures(options.pictures, seed=123)
-    config = TrainConfig(
-        steps=options.steps, lr=1.5e-3, warmup=100, cooldown=options.steps * 11 // 26, ema_decay=0.995, save_every=250, seed=1
-    )
+    config = TrainConfig(steps=options.steps, lr=1.5e-3, warmup=100, cooldown=options.steps * 11 // 26, ema_decay=0.995, save_every=250, seed=1)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = generator_for(config.seed, step)

@@ -86,13 +86,13 @@ def test_the_only_variant_is_taken_and_of_two_one_must_be_chosen(tmp_path):
         load_weights(meta(), tmp_path, variant="bf16")
 
 
-def test_rename_moves_and_leaves_out(tmp_path):
+def test_convert_moves_and_leaves_out(tmp_path):
     state = {f"text_model.{name}": tensor for name, tensor in Net().state_dict().items()} | {"position_ids": torch.zeros(1)}
     save_file(state, tmp_path / "model.safetensors")
-    loaded = load_weights(meta(), tmp_path, "model", rename=lambda name: None if name == "position_ids" else name.removeprefix("text_model."))
+    loaded = load_weights(
+        meta(), tmp_path, "model", convert=lambda tensors: {n.removeprefix("text_model."): t for n, t in tensors.items() if n != "position_ids"}
+    )
     assert torch.equal(loaded.linear.weight, state["text_model.linear.weight"])
-    with pytest.raises(ModelError, match="Two tensors"):
-        load_weights(meta(), tmp_path, "model", rename=lambda name: "linear.weight")
 
 
 def test_mismatches_are_named_at_most_five_each(tmp_path):
