@@ -1,7 +1,7 @@
 """Train the U-Net of the embedded model, and its conditioner, on cached latents: first one network for all noise levels, then forks of it.
 
     python scripts/embedded/train_unet.py --text build --latents build/latents/shapes --checkpoints build/runs/unet --out build/unet --steps 6000
-    python scripts/embedded/train_unet.py … --parent build/unet --t-min 0 --t-max 500 --checkpoints build/runs/low --out build/unet_low --steps 1500
+    python scripts/embedded/train_unet.py … --parent build/unet --t-max 500 --out build/unet_low --steps 1000 --cooldown 950 …
 
 A fork (`--parent`) starts from its parent's averaged weights, keeps the parent's conditioner frozen, and sees only its own timesteps, widened by
 a margin, since hard disjoint ranges are fragile. Run the same command again to resume. Every 500 steps it prints the text gap: the loss at a high
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--cooldown", type=int, default=0, help="last steps over which the learning rate falls to zero")
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--ema-decay", type=float, default=0.999, help="of the averaged weights; 0.99 suits a short fork")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -159,7 +160,9 @@ def main() -> None:
         model.conditioner.requires_grad_(False)
     sigmas = NoiseSchedule.from_config(SCHEDULER).sigmas
     objective = Objective(sigmas=sigmas, t_min=max(0, options.t_min - MARGIN), t_max=min(1000, options.t_max + MARGIN))
-    config = TrainConfig(steps=options.steps, lr=options.lr, cooldown=options.cooldown, seed=options.seed, save_every=250)
+    config = TrainConfig(
+        steps=options.steps, lr=options.lr, cooldown=options.cooldown, ema_decay=options.ema_decay, seed=options.seed, save_every=250
+    )
 
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = generator_for(config.seed, step * workers.count + workers.rank)

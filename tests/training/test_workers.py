@@ -1,0 +1,47 @@
+"""Two processes (gloo) train as one process with the whole batch does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from tu_diffuse.training.loop import TrainConfig, batch_indices, train
+from tu_diffuse.training.workers import join_workers
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+data = torch.randn(32, 6)
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+workers = join_workers()
+config = TrainConfig(steps=20, lr=0.05, warmup=3, log_every=1, save_every=10, max_grad_norm=1e9)
+
+def loss_at(step):
+    rows = data[workers.share(batch_indices(32, 8, 0, step))]
+    return {"loss": (model(rows) - rows.sum(1, keepdim=True).sin()).square().mean()}
+
+trained = train(model, loss_at, config, Path(sys.argv[1]), lambda line: None, workers)
+if workers.writes:
+    print([round(value, 6) for value in trained[0].weight.flatten().tolist()])
+"""
+
+
+def run(folder: Path, processes: int) -> list[float]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), str(script)]
+    done = subprocess.run([*command, str(folder / str(processes))], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_two_processes_end_at_the_weights_of_one(tmp_path: Path) -> None:
+    one, two = run(tmp_path, 1), run(tmp_path, 2)
+    assert one == pytest.approx(two, abs=2e-5)
+    assert max(map(abs, one)) > 0.1
+    logs = [(tmp_path / str(n) / "losses.jsonl").read_text().splitlines() for n in (1, 2)]
+    assert [json.loads(line)["step"] for line in logs[1]] == list(range(1, 21))
