@@ -106,10 +106,13 @@ def test_clip_t5_joins_both_encoders(folder: Path, t5_folders: dict[str, Path]) 
     clip_ids, t5_ids = part.clip.tokenizer.encode(PROMPTS), part.t5.tokenizer.encode(PROMPTS)
     assert out.conditioning.tokens.shape == (3, 77 + 30 + 1, 48)
     assert out.conditioning.pooled.shape == (3, 20)
-    assert torch.equal(out.conditioning.mask, torch.cat([clip_ids.mask, t5_ids.mask, torch.ones(3, 1, dtype=torch.bool)], dim=1))
+    said = torch.tensor([prompt != "" for prompt in PROMPTS])
+    assert said.tolist().count(False) == 1
+    masks = [clip_ids.mask & said[:, None], t5_ids.mask & said[:, None], torch.ones(3, 1, dtype=torch.bool)]
+    assert torch.equal(out.conditioning.mask, torch.cat(masks, dim=1))
     with torch.no_grad():
         clip, t5 = part.clip.model(clip_ids.ids), part.t5.model(t5_ids.ids, t5_ids.mask)
-        wanted = part.conditioner(clip.last_hidden_state, clip_ids.mask, clip.projected, t5, t5_ids.mask)
+        wanted = part.conditioner(clip.last_hidden_state, clip_ids.mask, clip.projected, t5, t5_ids.mask, keep_clip=said, keep_t5=said)
     assert close(out.conditioning.tokens, wanted.tokens)
     assert close(out.conditioning.pooled, wanted.pooled)
     assert not torch.allclose(out.conditioning.pooled[0], out.conditioning.pooled[2], atol=1e-3)
