@@ -116,7 +116,7 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
     failed: list[RenderError] = []
     for index, seed in enumerate(request.seeds):
         try:
-            decoded = model.codec.decode(latents[index : index + 1])
+            decoded = model.codec.decode(latents[index : index + 1] * schedule.final_scale)
         except RenderError as error:
             failed.append(error)
             continue

@@ -6,8 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, crosses
-
+from .step import FEW, BoundDenoiser, NoiseSource, Step, batch_sigma, crosses
 
 def dpmpp_2m(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = ()) -> Iterator[Step]:
     """Extrapolate x0 from its last two predictions; order 2 with one evaluation a step (Lu et al. 2022, arXiv 2211.01095, algorithm 2, midpoint
@@ -15,7 +14,8 @@ def dpmpp_2m(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSour
 
     With lambda = −log sigma and h the step in lambda, in the variance-exploding scale: x' = e^−h·x − (e^−h − 1)·D and
     D = x0 + (x0 − previous x0)/(2r), where r is the previous step over this one. The first step, a step to sigma 0 and the first step of each
-    expert are first-order (D = x0): the history of another network is not extrapolated.
+    expert are first-order (D = x0): the history of another network is not extrapolated. So is the last of fewer than 15 steps that end above 0, as
+    in diffusers.
 
     Args:
         denoise: predicts x0.
@@ -37,7 +37,8 @@ def dpmpp_2m(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSour
             yield Step(i, sigma, sigma_next, x0, x0)
             return
         h = math.log(sigma / sigma_next)
-        target = x0 if previous is None else x0 + (x0 - previous) * (0.5 * h / h_previous)
+        last_of_few = i == len(levels) - 2 < FEW - 1
+        target = x0 if previous is None or last_of_few else x0 + (x0 - previous) * (0.5 * h / h_previous)
         x = x * (sigma_next / sigma) - target * math.expm1(-h)
         previous, h_previous = (None if crosses(borders, sigma, sigma_next) else x0), h
         yield Step(i, sigma, sigma_next, x, x0)

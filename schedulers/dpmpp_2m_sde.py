@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, crosses
+from .step import FEW, BoundDenoiser, NoiseSource, Step, batch_sigma, crosses
 
 
 def dpmpp_2m_sde(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = ()) -> Iterator[Step]:
@@ -35,7 +35,8 @@ def dpmpp_2m_sde(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: Noise
             return
         h = math.log(sigma / sigma_next)
         fresh = -math.expm1(-2 * h)
-        target = x0 if previous is None else x0 + (x0 - previous) * (0.5 * h / h_previous)
+        last_of_few = i == len(levels) - 2 < FEW - 1
+        target = x0 if previous is None or last_of_few else x0 + (x0 - previous) * (0.5 * h / h_previous)
         x = x * (1 - fresh) + target * fresh + noise() * (sigma_next * math.sqrt(fresh))
         previous, h_previous = (None if crosses(borders, sigma, sigma_next) else x0), h
         yield Step(i, sigma, sigma_next, x, x0)

@@ -32,12 +32,15 @@ class NoiseSchedule:
         prediction_type: what the network's output means: "epsilon", "v_prediction" or "sample" (x0).
         spacing: the spacing the model recommends (see `schedules.SPACINGS`), or None when it recommends none.
         steps_offset: added to every timestep of the "leading" spacing.
+        ends_at_sigma_min: families of samplers whose runs end at the smallest training sigma instead of 0: "alpha" (DDIM, by
+            set_alpha_to_one=False) and "sigma" (those that read final_sigmas_type="sigma_min").
     """
 
     sigmas: Tensor
     prediction_type: str = "epsilon"
     spacing: str | None = None
     steps_offset: int = 0
+    ends_at_sigma_min: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -56,6 +59,7 @@ class NoiseSchedule:
         prediction_type: str = "epsilon",
         spacing: str | None = None,
         steps_offset: int = 0,
+        ends_at_sigma_min: frozenset[str] = frozenset(),
     ) -> "NoiseSchedule":
         """Make a schedule from per-step noise variances.
 
@@ -66,6 +70,7 @@ class NoiseSchedule:
             prediction_type: see the class.
             spacing: see the class.
             steps_offset: see the class.
+            ends_at_sigma_min: see the class.
 
         Raises:
             ModelError: prediction_type is not known, or the sigmas do not rise.
@@ -79,16 +84,16 @@ class NoiseSchedule:
             alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
             alphas_cumprod[-1] = ZERO_SNR_FLOOR
         sigmas = ((1.0 - alphas_cumprod) / alphas_cumprod) ** 0.5
-        return cls(sigmas.double(), prediction_type, spacing, steps_offset)
+        return cls(sigmas.double(), prediction_type, spacing, steps_offset, ends_at_sigma_min)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "NoiseSchedule":
         """Read the fields of a diffusers `scheduler_config.json` that describe noise; a field that is absent has its class's default.
 
         Read: num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr, prediction_type, timestep_spacing,
-        steps_offset, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas. Settings that choose a solver (solver_order, algorithm_type, …) are
-        not read, because the sampler is chosen by name; `set_alpha_to_one` and `final_sigmas_type` are not, because every schedule here ends at
-        sigma 0. Fields that change the result and that are not supported (`_UNSUPPORTED`) are refused.
+        steps_offset, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, set_alpha_to_one, final_sigmas_type. Settings that choose a solver
+        (solver_order, algorithm_type, …) are not read, because the sampler is chosen by name. Fields that change the result and that are not
+        supported (`_UNSUPPORTED`) are refused.
 
         Raises:
             ModelError: a class, value or combination that is not supported.
@@ -108,6 +113,7 @@ class NoiseSchedule:
             prediction_type=config.get("prediction_type", "epsilon"),
             spacing=_spacing_of(config, default.spacing),
             steps_offset=int(config.get("steps_offset", 0)),
+            ends_at_sigma_min=_ends(config, str(name)),
         )
 
     @property
@@ -234,6 +240,14 @@ def _betas_of(config: Mapping[str, Any], default: _ClassDefault) -> Tensor:
         raise ModelError(f"beta_schedule {kind!r} is not known; wanted one of {', '.join(_BETA_SCHEDULES)}, or trained_betas")
     steps = config.get("num_train_timesteps", 1000)
     return _BETA_SCHEDULES[kind](config.get("beta_start", default.beta_start), config.get("beta_end", default.beta_end), steps)
+
+
+def _ends(config: Mapping[str, Any], name: str) -> frozenset[str]:
+    final = config.get("final_sigmas_type", "zero")
+    if final not in ("zero", "sigma_min"):
+        raise ModelError(f"final_sigmas_type {final!r} is not known; wanted zero or sigma_min")
+    to_one = config.get("set_alpha_to_one", name != "PNDMScheduler")
+    return frozenset(({"sigma"} if final == "sigma_min" else set[str]()) | (set[str]() if to_one else {"alpha"}))
 
 
 def _spacing_of(config: Mapping[str, Any], default: str | None) -> str | None:

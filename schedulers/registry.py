@@ -5,7 +5,7 @@
 | euler        | EulerDiscrete                                | 1     | 1                  | no    |
 | euler_a      | EulerAncestralDiscrete                       | 1     | 1                  | yes   |
 | heun         | HeunDiscrete                                 | 2     | 2                  | no    |
-| ddim         | DDIM (set_alpha_to_one=True)                 | 1     | 1                  | eta   |
+| ddim         | DDIM                                         | 1     | 1                  | eta   |
 | ddpm         | DDPM (fixed_small)                           | 1     | 1                  | yes   |
 | dpmpp_2m     | DPMSolverMultistep (dpmsolver++, midpoint)   | 2     | 1                  | no    |
 | dpmpp_2m_sde | DPMSolverMultistep (sde-dpmsolver++)         | 2     | 1                  | yes   |
@@ -17,8 +17,6 @@
 
 | case                                 | diffusers                                | here                                             |
 |--------------------------------------|------------------------------------------|--------------------------------------------------|
-| end of the schedule                  | sigma_min with set_alpha_to_one=False or | always 0                                         |
-|                                      | final_sigmas_type "sigma_min"            |                                                  |
 | ddim with linspace; with trailing    | next timestep is t − T//steps            | next node of the schedule; the same for leading, |
 | where steps does not divide T        | whatever the spacing                     | and for trailing where steps divides T           |
 | karras, exponential, beta with ddim, | ignored                                  | honoured; refused for lcm                        |
@@ -66,6 +64,7 @@ class SamplerInfo:
         grid: how whole timesteps are laid out: "fractional" (n nodes, linspace not rounded), "whole" (n nodes, rounded) or "open" (n + 1 nodes,
             rounded, the lowest left to the final 0).
         whole_timesteps: the network is told whole timesteps even between nodes of the training schedule.
+        ending: which of `NoiseSchedule.ends_at_sigma_min` speaks of it; None for a sampler that always ends at 0.
         spacings: the only spacings that have a meaning for it; None for all.
         options: keyword arguments beyond the common ones.
     """
@@ -78,20 +77,21 @@ class SamplerInfo:
     default_spacing: str = "linspace"
     grid: str = "fractional"
     whole_timesteps: bool = False
+    ending: str | None = None
     spacings: tuple[str, ...] | None = None
     options: tuple[str, ...] = ()
 
 
 SAMPLERS: Mapping[str, SamplerInfo] = {
-    "euler": SamplerInfo(euler),
+    "euler": SamplerInfo(euler, ending="sigma"),
     "euler_a": SamplerInfo(euler_a, stochastic=True),
     "heun": SamplerInfo(heun, order=2, evaluations=2),
-    "ddim": SamplerInfo(ddim, variance_preserving=True, default_spacing="leading", grid="whole", options=("eta",)),
+    "ddim": SamplerInfo(ddim, variance_preserving=True, default_spacing="leading", grid="whole", ending="alpha", options=("eta",)),
     "ddpm": SamplerInfo(ddpm, stochastic=True, variance_preserving=True, default_spacing="leading", grid="whole"),
-    "dpmpp_2m": SamplerInfo(dpmpp_2m, order=2, variance_preserving=True, grid="open", whole_timesteps=True),
-    "dpmpp_2m_sde": SamplerInfo(dpmpp_2m_sde, order=2, stochastic=True, variance_preserving=True, grid="open", whole_timesteps=True),
+    "dpmpp_2m": SamplerInfo(dpmpp_2m, order=2, variance_preserving=True, grid="open", whole_timesteps=True, ending="sigma"),
+    "dpmpp_2m_sde": SamplerInfo(dpmpp_2m_sde, order=2, stochastic=True, variance_preserving=True, grid="open", whole_timesteps=True, ending="sigma"),
     "dpmpp_sde": SamplerInfo(dpmpp_sde, order=2, evaluations=2, stochastic=True),
-    "unipc": SamplerInfo(unipc, order=2, variance_preserving=True, grid="open", whole_timesteps=True),
+    "unipc": SamplerInfo(unipc, order=2, variance_preserving=True, grid="open", whole_timesteps=True, ending="sigma"),
     "lcm": SamplerInfo(lcm, stochastic=True, variance_preserving=True, default_spacing="lcm", grid="whole", spacings=("lcm", "custom")),
 }
 

@@ -21,9 +21,11 @@ class SigmaSchedule:
 
     Attributes:
         noise: the training schedule they lie on.
-        sigmas: (steps + 1,) float32, strictly falling, the last 0.
+        sigmas: (steps + 1,) float32, strictly falling, the last 0; or where the model folder ends a sampler's runs early, the smallest training
+            sigma, which the one before may equal.
         timesteps: (steps,) float32; what the network is told at each of the first `steps` sigmas.
         initial_scale: factor on unit noise that gives the latents at sigmas[0] in the variance-exploding scale.
+        final_scale: factor on the latents at sigmas[-1] that gives those to decode: 1, or below it where a variance-preserving sampler ends early.
         spacing: the spacing that was applied (one of `SPACINGS`).
     """
 
@@ -31,6 +33,7 @@ class SigmaSchedule:
     sigmas: Tensor
     timesteps: Tensor
     initial_scale: float
+    final_scale: float
     spacing: str
 
     def timestep_at(self, sigma: Tensor) -> Tensor:
@@ -80,14 +83,17 @@ def make_schedule(
         raise UsageError(f"steps is {steps}; wanted a whole number from 1 up")
     else:
         levels, timesteps = _spaced(noise, info, chosen, steps)
-    levels = torch.cat([levels.float(), torch.zeros(1)])
-    if not bool((levels.diff() < 0).all()) or float(timesteps[0]) > len(noise.sigmas) - 1:
+    end = noise.sigma_min if info.ending in noise.ends_at_sigma_min and sigmas is None else 0.0
+    levels = torch.cat([levels.float(), torch.tensor([end])])
+    if not bool((levels[:-1].diff() < 0).all()) or float(levels[-1]) > float(levels[-2]) or float(timesteps[0]) > len(noise.sigmas) - 1:
         raise UsageError(
             f"{len(timesteps)} steps of spacing {chosen} do not fit on {len(noise.sigmas)} training timesteps without repeats; use fewer steps"
         )
     highest = float(levels[0])
     plain_scale = not info.variance_preserving and chosen != "leading"
-    return SigmaSchedule(noise, levels, timesteps, highest if plain_scale else math.sqrt(highest**2 + 1), chosen)
+    initial_scale = highest if plain_scale else math.sqrt(highest**2 + 1)
+    final_scale = 1 / math.sqrt(end**2 + 1) if info.variance_preserving else 1.0
+    return SigmaSchedule(noise, levels, timesteps, initial_scale, final_scale, chosen)
 
 
 def _spacing_for(sampler: str, info: SamplerInfo, noise: NoiseSchedule, spacing: str | None, sigmas: Sequence[float] | None) -> str:

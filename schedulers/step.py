@@ -19,6 +19,8 @@ BoundDenoiser = Callable[[Tensor, Tensor], Tensor]
 NoiseSource = Callable[[], Tensor]
 """Gives the next unit noise of the shape of x, one independent stream a picture. Called once for each random tensor that a step needs."""
 
+FEW = 15  # where a multistep run of fewer steps ends above sigma 0, diffusers makes its last step first-order
+
 
 @dataclass(frozen=True, eq=False)
 class Step:

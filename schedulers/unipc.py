@@ -13,7 +13,7 @@ def unipc(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource,
     """Predict as DPM-Solver++(2M) does, then correct the arrival with the evaluation made there; order 2, one evaluation a step.
 
     Zhao et al. 2023, arXiv 2302.04867, algorithms 5 and 6 (data prediction, B(h) = e^h − 1, p = 2), in the variance-exploding scale. Each evaluation
-    serves twice: it corrects the step that led to it and starts the next. The first step, a step to sigma 0 and the first step of each expert
+    serves twice: it corrects the step that led to it and starts the next. The first step, the last one and the first of each expert
     predict with order 1; an arrival across a border is not corrected, because that would judge one expert's step by another's output.
 
     Args:
@@ -39,7 +39,7 @@ def unipc(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource,
         if sigma_next == 0:
             yield Step(i, sigma, sigma_next, x0, x0)
             return
-        x = _predict(x, sigma_next, history)
+        x = _predict(x, sigma_next, history[-1:] if i == len(levels) - 2 else history)
         if crosses(borders, sigma, sigma_next):
             history = []
         yield Step(i, sigma, sigma_next, x, x0)

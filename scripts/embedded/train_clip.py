@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder with tokenizer/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoints", type=Path, required=True, help="checkpoints")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch-size", type=int, default=192)
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--batch-size", type=int, default=160)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -80,8 +80,9 @@ def main() -> None:
 
     def loss_at(step: int) -> dict[str, Tensor]:
         pictures, ids = batch(tokenizer, options.batch_size, config.seed, step)
-        image = F.normalize(model.visual(pictures), dim=-1)
-        words = F.normalize(model.text(ids).projected, dim=-1)
+        with torch.autocast("cpu", torch.bfloat16):
+            image, words = model.visual(pictures), model.text(ids).projected
+        image, words = (F.normalize(side.float(), dim=-1) for side in (image, words))
         scale = model.logit_scale.exp().clamp(max=100)
         right = ((image @ words.T).argmax(-1) == torch.arange(len(ids))).float().mean()
         return {"loss": contrast(image, words, scale), "accuracy": right.detach()}

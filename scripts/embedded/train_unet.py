@@ -1,11 +1,13 @@
 """Train the U-Net of the embedded model, and its conditioner, on cached latents: first one network for all noise levels, then forks of it.
 
     python scripts/embedded/train_unet.py --text build --latents build/latents/shapes --checkpoints build/runs/unet --out build/unet --steps 6000
-    python scripts/embedded/train_unet.py … --parent build/unet --t-max 500 --out build/unet_low --steps 1000 --cooldown 950 …
+    python scripts/embedded/train_unet.py … --parent build/unet --t-min 500 --train-conditioner --out build/unet_high --steps 5000 --cooldown 2000 …
+    python scripts/embedded/train_unet.py … --parent build/unet --t-max 500 --out build/unet_low --steps 5000 --cooldown 2000 …
 
-A fork (`--parent`) starts from its parent's averaged weights, keeps the parent's conditioner frozen, and sees only its own timesteps, widened by
-a margin, since hard disjoint ranges are fragile. Run the same command again to resume. Every 500 steps it prints the text gap: the loss at a high
-noise level with the right captions and with shuffled ones.
+A fork (`--parent`) starts from its parent's averaged weights and sees only its own timesteps, widened by a margin, since hard disjoint ranges are
+fragile. All forks share one conditioner: the highest, which decides what is where, may go on training it (`--train-conditioner`); the others keep it
+frozen and end on the final one (`--conditioner`). Run the same command again to resume. Every 500 steps it prints the text gap: the loss at a high noise
+level with the right captions and with shuffled ones.
 """
 
 import argparse
@@ -36,9 +38,11 @@ UNET = {
     "in_channels": 16,
     "out_channels": 16,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": None,
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
     "block_out_channels": [96, 160],
-    "layers_per_block": 1,
+    "layers_per_block": [2, 1],
+    "resnet_time_scale_shift": "scale_shift",
     "cross_attention_dim": WIDTH,
     "attention_head_dim": 4,
     "norm_num_groups": 16,
@@ -105,7 +109,7 @@ def new_model(widths: tuple[int, int, int]) -> ConditionedUNet:
         if name.endswith(("conv2.weight", "to_out.0.weight", "ff.net.2.weight", "conv_out.weight")):
             nn.init.zeros_(parameter)
     shape = ConditionerConfig(
-        clip_width=widths[0], clip_pooled_width=widths[1], t5_width=widths[2], width=WIDTH, pooled_width=POOLED, refiner_layers=1
+        clip_width=widths[0], clip_pooled_width=widths[1], t5_width=widths[2], width=WIDTH, pooled_width=POOLED, refiner_layers=2
     )
     return ConditionedUNet(unet, Conditioner(shape))
 
@@ -137,6 +141,8 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, required=True, help="checkpoints")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parent", type=Path, help="fork from this output")
+    parser.add_argument("--conditioner", type=Path, help="output whose conditioner is taken; the parent's by default")
+    parser.add_argument("--train-conditioner", action="store_true", help="let this fork go on training it")
     parser.add_argument("--t-min", type=int, default=0)
     parser.add_argument("--t-max", type=int, default=1000)
     parser.add_argument("--steps", type=int, required=True)
@@ -155,9 +161,12 @@ def main() -> None:
     ids = encoders.tokenize(captions)
     model = new_model(encoders.widths)
     if options.parent is not None:
-        for name, part in (("unet", model.unet), ("conditioner", model.conditioner)):
-            part.load_state_dict(load_file(options.parent / name / "diffusion_pytorch_model.safetensors"))
-        model.conditioner.requires_grad_(False)
+        for folder, name, part in (
+            (options.parent, "unet", model.unet),
+            (options.conditioner or options.parent, "conditioner", model.conditioner),
+        ):
+            part.load_state_dict(load_file(folder / name / "diffusion_pytorch_model.safetensors"))
+        model.conditioner.requires_grad_(options.train_conditioner)
     sigmas = NoiseSchedule.from_config(SCHEDULER).sigmas
     objective = Objective(sigmas=sigmas, t_min=max(0, options.t_min - MARGIN), t_max=min(1000, options.t_max + MARGIN))
     config = TrainConfig(
@@ -167,7 +176,8 @@ def main() -> None:
     def loss_at(step: int) -> dict[str, Tensor]:
         generator = generator_for(config.seed, step * workers.count + workers.rank)
         rows = workers.share(batch_indices(len(latents), options.batch_size, config.seed, step))
-        losses = denoising_loss(model, objective, latents[rows].float(), encoders.features(ids, rows), generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = denoising_loss(model, objective, latents[rows].float(), encoders.features(ids, rows), generator)
         if (step + 1) % 500 == 0 and workers.writes:
             right, wrong = text_gap(model, objective, latents[rows].float(), encoders.features(ids, rows), 3 * objective.t_max // 4, generator)
             print(f"step {step + 1}: text gap {wrong:.4f} with shuffled captions against {right:.4f}", flush=True)

@@ -1,6 +1,8 @@
 """The same folder, seed and sampler give the latents of diffusers' own pipelines."""
 
-from dataclasses import dataclass
+import json
+import shutil
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from torch import Tensor
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, load_model
 from tu_diffuse.pipeline.request import resolve
-from tu_diffuse.pipeline.text_to_image import Progress, text_to_image
+from tu_diffuse.pipeline.text_to_image import text_to_image
+from tu_diffuse.vae.codec import LatentCodec
 
 TOLERANCE = 1e-4
 PROMPT, NEGATIVE = "a red apple", "grey"
@@ -58,10 +61,23 @@ def _theirs(folder: Path) -> Any:
     return pipeline
 
 
+class _Listening(LatentCodec):
+    """A codec that remembers the latents it was given."""
+
+    def __init__(self, codec: LatentCodec, heard: list[Tensor]) -> None:
+        self.__dict__.update(codec.__dict__)
+        self.heard = heard
+
+    def decode(self, latents: Tensor) -> Any:
+        self.heard.append(latents)
+        return super().decode(latents)
+
+
 def _latents(folder: Path, **asked: Any) -> Tensor:
-    model = _ours(folder)
-    events = text_to_image(model, resolve(model.folder, PROMPT, **asked))
-    return [event.x0 for event in events if isinstance(event, Progress)][-1]
+    model, heard = _ours(folder), list[Tensor]()
+    listening = replace(model, codec=_Listening(model.codec, heard))
+    list(text_to_image(listening, resolve(model.folder, PROMPT, **asked)))
+    return torch.cat(heard)
 
 
 def _compare(folder: Path, case: Case, negative: str, guidance: float) -> None:
@@ -99,6 +115,34 @@ def test_negative_prompt_and_no_guidance(request: pytest.FixtureRequest, fixture
     folder = request.getfixturevalue(fixture)
     _compare(folder, CASES[1], negative=NEGATIVE, guidance=4.0)
     _compare(folder, CASES[1], negative="", guidance=1.0)
+
+
+# The scheduler files of published checkpoints: Stable Diffusion 2 (base), 2.1 (v), SDXL base.
+PUBLISHED = [
+    ("sd1_folder", "DDIMScheduler", {"set_alpha_to_one": False, "clip_sample": False, "skip_prk_steps": True}),
+    ("sd2_folder", "DDIMScheduler", {"set_alpha_to_one": False, "clip_sample": False, "prediction_type": "v_prediction"}),
+    ("sdxl_folder", "EulerDiscreteScheduler", {"timestep_spacing": "leading", "interpolation_type": "linear", "sample_max_value": 1.0}),
+    ("sd1_folder", "DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True}),
+]
+
+
+@pytest.mark.parametrize(("fixture", "scheduler", "settings"), PUBLISHED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_folder_runs_on_its_own_scheduler_file(request: pytest.FixtureRequest, tmp_path: Path, fixture: str, scheduler: str, settings: dict[str, Any]):
+    """Nothing is named on our side: sampler, spacing and where the run ends come from the folder."""
+    import diffusers
+
+    folder = shutil.copytree(request.getfixturevalue(fixture), tmp_path / "model")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler, **COMMON, **settings}))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", scheduler]}))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    wanted = pipeline(
+        PROMPT, num_inference_steps=8, guidance_scale=4.0, generator=torch.Generator().manual_seed(11), output_type="latent"
+    ).images
+    got = _latents(folder, seeds=[11], steps=8, guidance=4.0)
+    assert wanted.std() > 0.05
+    assert (got - wanted).abs().max() <= TOLERANCE
 
 
 def test_settings_change_the_latents(sd1_folder: Path):

@@ -266,3 +266,31 @@ def test_other_training_schedules(beta_schedule):
     reference, _ = theirs(scheduler, 12, unit_noise())
     mine = ours("dpmpp_2m", schedule, "v_prediction", unit_noise(), None)
     assert_same(mine, to_ve("dpmpp_2m", reference, schedule.sigmas), schedule)
+
+
+@pytest.mark.parametrize("steps", [6, 16])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize(("name", "cls"), [*DETERMINISTIC, ("dpmpp_2m_sde", "DPMSolverMultistepScheduler")])
+def test_runs_that_end_at_the_smallest_sigma(monkeypatch, name, cls, spacing, steps):
+    inject(monkeypatch, scheduling_dpmsolver_multistep, stream(3))
+    schedule = schedule_for(name, spacing, "epsilon", steps, final_sigmas_type="sigma_min")
+    kind = {"algorithm_type": "sde-dpmsolver++"} if name == "dpmpp_2m_sde" else {}
+    scheduler = getattr(diffusers, cls)(**CONFIG, timestep_spacing=spacing, final_sigmas_type="sigma_min", **kind)
+    reference, _ = theirs(scheduler, steps, unit_noise())
+    assert float(schedule.sigmas[-1]) == pytest.approx(TABLE.sigma_min, rel=1e-6)
+    mine = ours(name, schedule, "epsilon", unit_noise(), stream(3))
+    assert_same(mine, to_ve(name, reference, schedule.sigmas), schedule)
+    torch.testing.assert_close(mine[-1] * schedule.final_scale, reference[-1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim_without_alpha_one(monkeypatch, eta, offset):
+    inject(monkeypatch, scheduling_ddim, stream(3))
+    schedule = schedule_for("ddim", "leading", "epsilon", 10, set_alpha_to_one=False, steps_offset=offset)
+    scheduler = diffusers.DDIMScheduler(**{**CONFIG, "steps_offset": offset}, set_alpha_to_one=False, clip_sample=False)
+    reference, _ = theirs(scheduler, 10, unit_noise(), eta=eta)
+    mine = ours("ddim", schedule, "epsilon", unit_noise(), stream(3), eta=eta)
+    assert_same(mine, to_ve("ddim", reference, schedule.sigmas), schedule)
+    torch.testing.assert_close(mine[-1] * schedule.final_scale, reference[-1], atol=TOLERANCE, rtol=0)
+    assert (mine[-1] - mine[-2]).abs().max() > 0 or offset == 0
