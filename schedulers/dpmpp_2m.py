@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .step import FEW, BoundDenoiser, NoiseSource, Step, batch_sigma, crosses
 
+
 def dpmpp_2m(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = ()) -> Iterator[Step]:
     """Extrapolate x0 from its last two predictions; order 2 with one evaluation a step (Lu et al. 2022, arXiv 2211.01095, algorithm 2, midpoint
     form).

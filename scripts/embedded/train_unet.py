@@ -5,9 +5,9 @@
     python scripts/embedded/train_unet.py … --parent build/unet --t-max 500 --out build/unet_low --steps 5000 --cooldown 2000 …
 
 A fork (`--parent`) starts from its parent's averaged weights and sees only its own timesteps, widened by a margin, since hard disjoint ranges are
-fragile. All forks share one conditioner: the highest, which decides what is where, may go on training it (`--train-conditioner`); the others keep it
-frozen and end on the final one (`--conditioner`). Run the same command again to resume. Every 500 steps it prints the text gap: the loss at a high noise
-level with the right captions and with shuffled ones.
+fragile. All forks share one conditioner: the highest, which decides what is where, may go on training it (`--train-conditioner`); the others keep
+it frozen and end on the final one (`--conditioner`). Run the same command again to resume. Every 500 steps it prints the text gap: the loss at a
+high noise level with the right captions and with shuffled ones.
 """
 
 import argparse

@@ -127,7 +127,9 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("fixture", "scheduler", "settings"), PUBLISHED, ids=lambda value: value if isinstance(value, str) else "")
-def test_a_folder_runs_on_its_own_scheduler_file(request: pytest.FixtureRequest, tmp_path: Path, fixture: str, scheduler: str, settings: dict[str, Any]):
+def test_a_folder_runs_on_its_own_scheduler_file(
+    request: pytest.FixtureRequest, tmp_path: Path, fixture: str, scheduler: str, settings: dict[str, Any]
+):
     """Nothing is named on our side: sampler, spacing and where the run ends come from the folder."""
     import diffusers
 
@@ -137,9 +139,7 @@ def test_a_folder_runs_on_its_own_scheduler_file(request: pytest.FixtureRequest,
     (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", scheduler]}))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    wanted = pipeline(
-        PROMPT, num_inference_steps=8, guidance_scale=4.0, generator=torch.Generator().manual_seed(11), output_type="latent"
-    ).images
+    wanted = pipeline(PROMPT, num_inference_steps=8, guidance_scale=4.0, generator=torch.Generator().manual_seed(11), output_type="latent").images
     got = _latents(folder, seeds=[11], steps=8, guidance=4.0)
     assert wanted.std() > 0.05
     assert (got - wanted).abs().max() <= TOLERANCE
