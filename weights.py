@@ -58,6 +58,19 @@ def load_weights(
         UnsafeError: the folder holds pickle files only.
         ModelError: missing, damaged, incomplete or mismatched weights, or NaN or infinity in them.
     """
+    state = read_weights(folder, stem, variant)
+    if convert is not None:
+        state = convert(state)
+    return fill(module, state, folder, lambda name, tensor: placed(name, tensor, folder, dtype, device)).to(device)
+
+
+def read_weights(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> dict[str, Tensor]:
+    """Memory-map every tensor of a folder's weight files.
+
+    Raises:
+        UnsafeError: the folder holds pickle files only.
+        ModelError: missing or damaged files, or two that hold a tensor of the same name.
+    """
     state: dict[str, Tensor] = {}
     for path in weight_files(folder, stem, variant):
         tensors = read_safetensors(path)
@@ -65,20 +78,33 @@ def load_weights(
         if twice:
             raise ModelError(f"Two files in {folder} hold a tensor named {twice[0]!r}; save the model again.")
         state |= tensors
-    if convert is not None:
-        state = convert(state)
+    return state
+
+
+def fill(module: M, state: Mapping[str, Tensor], folder: Path, place: Callable[[str, Tensor], Tensor]) -> M:
+    """Give a module the tensors of a state, each as `place(name, tensor)` returns it; see `load_weights`.
+
+    Raises:
+        ModelError: names, shapes or kinds do not match, or a tensor is left without storage; names `folder`.
+    """
     _check_match(module.state_dict(), state, folder)
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            _check_finite(name, tensor, folder)
-            state[name] = tensor.to(device=device, dtype=dtype)
-        else:
-            state[name] = tensor.to(device=device)
-    module.load_state_dict(state, strict=True, assign=True)
+    module.load_state_dict({name: place(name, tensor) for name, tensor in state.items()}, strict=True, assign=True)
     empty = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if empty:
         raise ModelError(f"{type(module).__name__} has tensors that no file holds, built without storage: {_first(empty)}; name their device.")
-    return module.to(device).requires_grad_(False).eval()
+    return module.requires_grad_(False).eval()
+
+
+def placed(name: str, tensor: Tensor, folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    """A stored tensor on its device, in `dtype` when it is floating point; itself where nothing changes.
+
+    Raises:
+        ModelError: it holds NaN or infinity; names `folder`.
+    """
+    if not tensor.is_floating_point():
+        return tensor.to(device=device)
+    _check_finite(name, tensor, folder)
+    return tensor.to(device=device, dtype=dtype)
 
 
 def without_storage(make: Callable[[], M]) -> M:
@@ -166,8 +192,13 @@ def weights_sha256(folder: Path, stem: str = "diffusion_pytorch_model", variant:
     Raises:
         ModelError, UnsafeError: as `weight_files`.
     """
+    return files_sha256(weight_files(folder, stem, variant))
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256 over files, one after the other as given; 64 hex digits."""
     digest = hashlib.sha256()
-    for path in weight_files(folder, stem, variant):
+    for path in paths:
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
@@ -236,7 +267,7 @@ def _shards(index: Path) -> list[Path]:
     return [path for _, path in sorted(names.items())]
 
 
-def _check_match(wanted: dict[str, Tensor], came: dict[str, Tensor], folder: Path) -> None:
+def _check_match(wanted: Mapping[str, Tensor], came: Mapping[str, Tensor], folder: Path) -> None:
     missing, extra = sorted(wanted.keys() - came.keys()), sorted(came.keys() - wanted.keys())
     shapes = [
         f"{name} {tuple(came[name].shape)} for {tuple(wanted[name].shape)}"

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import ModelError, UnsafeError, UsageError
 from ..schedulers.noise import NoiseSchedule
 from ..schedulers.registry import SAMPLERS
+from ..unet.deltas import chain
 from ..unet.experts import ExpertEntry, read_experts
 from ..weights import PICKLE_SUFFIXES, read_json
 
@@ -95,7 +96,7 @@ class ModelFolder:
         fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
         family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (with `conditioner/`).
         parts: component -> class, for those that are there.
-        configs: component or expert's subfolder -> its parsed JSON config.
+        configs: component or expert's subfolder -> its parsed JSON config; of an expert that is a delta, its base's.
         experts: from low to high noise; one that covers all when there is no `experts.json`.
         factor: pixels to a latent position; width and height are multiples of it.
         noise: the training schedule.
@@ -134,9 +135,12 @@ def open_folder(path: Path | None) -> ModelFolder:
     index = read_json(folder / "model_index.json")
     parts = _checked_parts(folder, index)
     experts = read_experts(folder)
-    folders = [*dict.fromkeys([*parts, *(expert.subfolder for expert in experts)])]
+    chains = {expert.subfolder: chain(folder / expert.subfolder) for expert in experts}
+    weights = [base.relative_to(folder).as_posix() for bases in chains.values() for base in bases]
+    folders = [*dict.fromkeys([*parts, *weights])]
     _refuse_code(folder, index, folders)
-    configs = {name: read_json(folder / name / _config_name(name)) for name in folders if not name.startswith("tokenizer")}
+    configs = {name: read_json(folder / name / _config_name(name)) for name in parts if not name.startswith("tokenizer")}
+    configs |= {name: read_json(bases[-1] / "config.json") for name, bases in chains.items()}
     family = _family(folder, parts)
     factor = _factor(configs["vae"])
     noise = NoiseSchedule.from_config(configs["scheduler"])

@@ -5,6 +5,7 @@ The classes are chosen from the list in `folder.py`, never from what a folder na
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..errors import ModelError, UsageError
+from ..unet.deltas import chain, check_hashes, expert_sha256, read_expert
 from ..unet.experts import ExpertEntry
 from ..unet.layers import Recorder
-from ..weights import weight_files
+from ..weights import placed, weight_files
 from .folder import ModelFolder
 
 _VAES = {
@@ -113,21 +115,25 @@ def library_expert(folder: ModelFolder, entry: ExpertEntry, dtype: torch.dtype, 
         refusal: why our own network did not take it; repeated when diffusers does not take it either.
 
     Raises:
-        ModelError: diffusers does not take it.
+        ModelError: diffusers does not take it, or its weights are not the ones that a hash names.
     """
-    unet = _load(UNet2DConditionModel, folder, entry.subfolder, dtype, refusal)
+    folders = chain(folder.path / entry.subfolder)
+    check_hashes(folders, entry.sha256, expert_sha256)
+    unet = _load(UNet2DConditionModel, folders[-1], dtype, refusal)
+    if len(folders) > 1:
+        unet.load_state_dict({name: placed(name, stored.tensor, stored.origin, dtype, "cpu") for name, stored in read_expert(folders[0]).items()})
     return LibraryDenoiser(unet.to(device), folder.noise.prediction_type, folder.noise.timestep_at)
 
 
 def library_vae(folder: ModelFolder, dtype: torch.dtype, device: torch.device, refusal: ModelError) -> Any:
     """Load the autoencoder with diffusers; arguments and errors as for `library_expert`."""
-    return LibraryVAE(_load(_VAES[folder.parts["vae"]], folder, "vae", dtype, refusal), folder.factor).to(device)
+    return LibraryVAE(_load(_VAES[folder.parts["vae"]], folder.path / "vae", dtype, refusal), folder.factor).to(device)
 
 
-def _load(kind: Any, folder: ModelFolder, subfolder: str, dtype: torch.dtype, refusal: ModelError) -> Any:
-    weight_files(folder.path / subfolder)  # refuses pickles and file names that lead outside, before the library looks
+def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> Any:
+    weight_files(folder)  # refuses pickles and file names that lead outside, before the library looks
     try:
-        network = kind.from_pretrained(folder.path / subfolder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        network = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
     except Exception as error:  # the library raises many kinds
-        raise ModelError(f"{refusal} diffusers cannot load {subfolder} either: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{refusal} diffusers cannot load {folder.name} either: {str(error).splitlines()[0]}") from error
     return network.requires_grad_(False).eval()

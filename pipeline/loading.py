@@ -18,12 +18,13 @@ from ..text_encoders.encode import ClipPart, ClipT5Part, Encoded, T5Part, encode
 from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
 from ..text_encoders.tokenizer import load_tokenizer
 from ..unet.config import UNetConfig
+from ..unet.deltas import chain, own_files
 from ..unet.residency import ExpertPool, expert_pool
 from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
 from ..vae.config import AutoencoderConfig
-from ..weights import load_weights, weight_files, without_storage
+from ..weights import load_weights, without_storage
 from .folder import ModelFolder
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -177,7 +178,8 @@ def _codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backen
 
 def _experts(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[ExpertPool, tuple[str, ...]]:
     """The experts' pool, which loads each when its turn comes; and the name of the fallback where the library computes them."""
-    size = sum(path.stat().st_size for entry in folder.experts for path in weight_files(folder.path / entry.subfolder))
+    folders = {base for entry in folder.experts for base in chain(folder.path / entry.subfolder)}
+    size = sum(path.stat().st_size for base in folders for path in own_files(base))
     keep = "all" if size <= KEEP_BYTES else "active"
     prediction, timestep_at = folder.noise.prediction_type, folder.noise.timestep_at
     try:

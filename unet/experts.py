@@ -144,12 +144,12 @@ class ExpertEntry:
 
     Attributes:
         name: letters, digits, dot, dash and underscore.
-        subfolder: of its U-Net, inside the model folder.
+        subfolder: of its U-Net, inside the model folder: whole weights, or a delta against another expert's (see `deltas.py`).
         sigma_min: as in `Expert`.
         sigma_max: as in `Expert`; infinity is written as null.
         guidance: as in `Expert`.
-        parent: name of the expert that it was forked from.
-        sha256: of its weights (`weights.weights_sha256`), 64 hex digits.
+        parent: name of the expert that it was forked from; need not be there any more.
+        sha256: of its weights (`deltas.expert_sha256`), 64 hex digits.
     """
 
     name: str
@@ -178,6 +178,7 @@ def read_experts(folder: Path) -> tuple[ExpertEntry, ...]:
         raise ModelError(f"{path} has no list of 1 to 1000 experts; write it again.")
     entries = sorted((_entry(path, item) for item in listed), key=lambda entry: entry.sigma_min)
     check_intervals([(e.name, e.sigma_min, e.sigma_max) for e in entries])
+    _check_parents(path, entries)
     return tuple(entries)
 
 
@@ -192,6 +193,7 @@ def write_experts(folder: Path, entries: Sequence[ExpertEntry]) -> Path:
     listed = [asdict(entry) | {"sigma_max": None if math.isinf(entry.sigma_max) else entry.sigma_max} for entry in entries]
     ordered = sorted((_entry(path, item) for item in listed), key=lambda entry: entry.sigma_min)
     check_intervals([(e.name, e.sigma_min, e.sigma_max) for e in ordered])
+    _check_parents(path, ordered)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump({"version": VERSION, "experts": listed}, file, indent=2)
@@ -200,6 +202,18 @@ def write_experts(folder: Path, entries: Sequence[ExpertEntry]) -> Path:
         os.fsync(file.fileno())
     temporary.replace(path)
     return path
+
+
+def _check_parents(path: Path, entries: Sequence[ExpertEntry]) -> None:
+    """Parents that are experts too must not go round in a circle."""
+    parents = {entry.name: entry.parent for entry in entries}
+    for entry in entries:
+        seen, name = {entry.name}, entry.parent
+        while name in parents:
+            if name in seen:
+                raise ModelError(f"{path} has experts that are their own ancestors ({', '.join(sorted(seen))}); correct their parents.")
+            seen.add(name)
+            name = parents[name]
 
 
 def _entry(path: Path, item: Any) -> ExpertEntry:

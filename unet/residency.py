@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionBackend
-from ..errors import ModelError
-from ..weights import load_weights, read_json, weights_sha256, without_storage
+from ..weights import fill, read_json, without_storage
 from .config import UNetConfig
+from .deltas import Bases, chain, check_hashes, read_expert
 from .denoiser import UNetDenoiser
 from .experts import Expert, ExpertEntry, ExpertTable
 from .layers import Recorder
@@ -110,11 +110,11 @@ def load_expert(
     backend: AttentionBackend = AttentionBackend.AUTO,
     variant: str | None = None,
     sha256: str | None = None,
+    bases: Bases | None = None,
 ) -> UNetDenoiser:
-    """Build one expert from its folder (`config.json` and safetensors weights).
+    """Build one expert from its folder: `config.json` and safetensors weights, or a delta against another expert (see `deltas.py`).
 
-    Convolutions are stored channels-last, in which they and the attention between them need no copies; all other weights stay memory-mapped
-    where `dtype` is the stored one and the device is the CPU.
+    Weights stay memory-mapped where `dtype` is the stored one and the device is the CPU.
 
     Args:
         folder: such as `unet/`.
@@ -124,16 +124,23 @@ def load_expert(
         device: where it computes.
         backend: attention kernel.
         variant: see `load_weights`.
-        sha256: what `weights_sha256` must give; None to skip that.
+        sha256: what `deltas.expert_sha256` must give; None to skip that. The hashes of bases are always checked.
+        bases: where the tensors of bases are kept once for several experts, of the same dtype; None shares nothing.
 
     Raises:
-        ModelError: a config that is not covered, or weights that are not valid or not the ones that `sha256` names.
+        ModelError: a config that is not covered, weights that are not valid or not the ones that a hash names, or a base that is not there.
         UnsafeError: weights that are pickles.
     """
-    config = UNetConfig.from_dict(read_json(folder / "config.json"))
-    if sha256 is not None and weights_sha256(folder, variant=variant) != sha256:
-        raise ModelError(f"The weights in {folder} are not the ones that experts.json names (SHA-256 {sha256[:12]}…); fetch the model again.")
-    unet = load_weights(without_storage(lambda: UNet(config, backend)), folder, dtype=dtype, device=device, variant=variant)
+    folders, shared = chain(folder), Bases((), dtype, device, variant) if bases is None else bases
+    config = UNetConfig.from_dict(read_json(folders[-1] / "config.json"))
+    check_hashes(folders, sha256, shared.hash_of)
+    state = read_expert(folder, variant)
+    unet = fill(
+        without_storage(lambda: UNet(config, backend)),
+        {name: stored.tensor for name, stored in state.items()},
+        folder,
+        lambda name, _: shared.place(name, state[name], device),
+    )
     return UNetDenoiser(unet, prediction_type, to_timestep)
 
 
@@ -143,7 +150,7 @@ def parked(load: Loader, device: torch.device | str) -> Loader:
     The copy runs on a stream of its own, so that it overlaps with what the device is computing when it is called from another thread.
 
     Args:
-        load: makes the expert on the CPU; called once.
+        load: makes the expert on the CPU, but for tensors that it shares with others; called once.
         device: a CUDA device.
     """
     stream = torch.cuda.Stream(device)
@@ -153,7 +160,8 @@ def parked(load: Loader, device: torch.device | str) -> Loader:
         denoiser = load()
         for module in denoiser.unet.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.pin_memory(), requires_grad=False))
+                if not parameter.is_cuda:  # tensors of a base are on the device already, for all experts
+                    setattr(module, name, nn.Parameter(parameter.pin_memory(), requires_grad=False))
         return denoiser
 
     def to_device() -> UNetDenoiser:
@@ -161,6 +169,9 @@ def parked(load: Loader, device: torch.device | str) -> Loader:
         memo: dict[int, Any] = {}
         with torch.cuda.stream(stream):
             for parameter in master.unet.parameters():
+                if parameter.is_cuda:
+                    memo[id(parameter)] = parameter
+                    continue
                 moved = parameter.to(device, non_blocking=True)
                 # The memory belongs to this stream; the allocator must not hand it out again while the computing stream still reads it.
                 moved.record_stream(torch.cuda.default_stream(device))
@@ -184,6 +195,8 @@ def expert_pool(
 ) -> ExpertPool:
     """The pool for a model folder's experts: `load_expert` for each, parked in pinned memory on CUDA with keep "active".
 
+    Tensors that an expert takes from its base are held once for all experts, on the device, as long as the pool lives.
+
     Args:
         folder: the model folder, above the experts' subfolders.
         entries: from `experts.read_experts`.
@@ -191,9 +204,10 @@ def expert_pool(
         keep: see `ExpertPool`.
     """
     parks = torch.device(device).type == "cuda" and keep == "active"
+    bases = Bases([base for entry in entries for base in chain(folder / entry.subfolder)[1:]], dtype, device, variant)
     loaders: dict[str, Loader] = {}
     for entry in entries:
         where = "cpu" if parks else device
-        load = partial(load_expert, folder / entry.subfolder, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256)
+        load = partial(load_expert, folder / entry.subfolder, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256, bases)
         loaders[entry.name] = parked(load, device) if parks else load
     return ExpertPool(entries, loaders, keep)
