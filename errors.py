@@ -6,6 +6,7 @@
     ├── ModelError         4   a model folder, weight file or config that is not valid
     ├── DataError          4   a picture, prompt file or shard that is not valid
     ├── RenderError        1   a picture that could not be made (NaN, out of memory)
+    ├── TrainingError      1   a training run that could not go on (NaN)
     └── OutputError       74   a file that could not be written
 
 A message is one sentence: what came, what was wanted, what to do.
@@ -44,6 +45,12 @@ class DataError(TuDiffuseError):
 
 class RenderError(TuDiffuseError):
     """A picture that could not be made."""
+
+    exit_code = 1
+
+
+class TrainingError(TuDiffuseError):
+    """A training run that could not go on."""
 
     exit_code = 1
 

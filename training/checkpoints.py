@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,15 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     return final
 
 
-def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint below `folder` whose files match their manifest, or None."""
+def load_newest(folder: Path, report: Callable[[str], None] | None = None) -> Checkpoint | None:
+    """The newest checkpoint below `folder` whose files match their manifest, or None; `report` is told of each torn one that is passed over."""
     for candidate in sorted(folder.glob("checkpoint-*"), reverse=True):
         if _is_whole(candidate):
             state = json.loads((candidate / "state.json").read_text())
             model, average, optimizer = (load_file(candidate / f"{part}.safetensors") for part in _PARTS)
             return Checkpoint(state["step"], model, average, optimizer, state["config"])
+        if report is not None:
+            report(f"{candidate.name} is damaged and passed over")
     return None
 
 

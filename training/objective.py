@@ -1,6 +1,7 @@
 """The denoising objective: what a U-Net is asked to predict, at which noise levels, and which text it is given."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +21,13 @@ class Objective:
         sigmas: (T,) float64; sigma of each training timestep.
         t_min: first timestep trained, 0 to T − 1.
         t_max: one past the last timestep trained; an expert trains on its own interval only.
-        prediction_type: "v_prediction" (Salimans & Ho 2022, v = α·n − σ·x0) or "epsilon".
+        prediction_type: "v_prediction" (Salimans & Ho 2022, v = α·n − σ·x0), "epsilon" or "sample".
         drop_all: chance that a row loses all its text (classifier-free guidance, Ho & Salimans 2022).
-        drop_one: chance that a row loses the text of one encoder, for each encoder (eDiff-I, section 4.2).
+        drop_clip: chance that a row loses the text of CLIP, independent of the others (eDiff-I, section 4.2).
+        drop_t5: the same for T5.
+        min_snr: γ of the Min-SNR weights (Hang et al. 2023, arXiv 2303.09556): min(SNR, γ)/SNR for epsilon, min(SNR, γ)/(SNR + 1) for v,
+            min(SNR, γ) for x0; None weighs all timesteps alike.
+        noise_offset: share of noise that is equal over a whole channel, for very dark and very bright pictures; the target includes it.
     """
 
     sigmas: Tensor
@@ -30,7 +35,35 @@ class Objective:
     t_max: int
     prediction_type: str = "v_prediction"
     drop_all: float = 0.1
-    drop_one: float = 0.05
+    drop_clip: float = 0.05
+    drop_t5: float = 0.05
+    min_snr: float | None = None
+    noise_offset: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """All that chance decides about one batch.
+
+    Attributes:
+        t: (batch,) int64, timesteps.
+        noise: (batch, c, h, w).
+        keep_clip: (batch,) bool, False where the row loses the text of CLIP.
+        keep_t5: the same for T5.
+    """
+
+    t: Tensor
+    noise: Tensor
+    keep_clip: Tensor
+    keep_t5: Tensor
+
+    def rows(self, rows: slice) -> "Draw":
+        """The part of these rows: what one of several processes trains on."""
+        return Draw(self.t[rows], self.noise[rows], self.keep_clip[rows], self.keep_t5[rows])
+
+
+Predict = Callable[[Tensor, Tensor, Draw], Tensor]
+"""`predict(x, t, drawn)`: the network's output for scaled noisy latents x (batch, c, h, w) at timesteps t (batch,), its text dropped as drawn."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +93,16 @@ class ConditionedUNet(nn.Module):
         return self.unet(x, t, self.unet.text_keys_values(said.tokens), mask=said.mask, pooled=said.pooled)
 
 
+def draw(objective: Objective, shape: tuple[int, ...], generator: torch.Generator) -> Draw:
+    """Draw for a batch of latents of `shape` (batch, c, h, w). Each process draws for the whole batch and takes its rows."""
+    batch, channels = shape[:2]
+    noise = torch.randn(shape, generator=generator)
+    if objective.noise_offset:
+        noise += objective.noise_offset * torch.randn((batch, channels, 1, 1), generator=generator)
+    t = draw_timesteps(objective, batch, generator)
+    return Draw(t, noise, *draw_kept(objective, batch, generator))
+
+
 def draw_timesteps(objective: Objective, batch: int, generator: torch.Generator) -> Tensor:
     """(batch,) int64, uniform over [t_min, t_max) and stratified: one draw from each of `batch` equal slices, in random order."""
     slices = torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)
@@ -68,46 +111,50 @@ def draw_timesteps(objective: Objective, batch: int, generator: torch.Generator)
 
 def draw_kept(objective: Objective, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which rows keep CLIP and which keep T5: two (batch,) bool tensors."""
-    some = torch.rand(batch, generator=generator) >= objective.drop_all
-    clip, t5 = (some & (torch.rand(batch, generator=generator) >= objective.drop_one) for _ in range(2))
-    return clip, t5
+    some, clip, t5 = (torch.rand(batch, generator=generator) >= dropped for dropped in (objective.drop_all, objective.drop_clip, objective.drop_t5))
+    return some & clip, some & t5
 
 
-def denoising_loss(
-    model: ConditionedUNet,
-    objective: Objective,
-    latents: Tensor,
-    text: TextFeatures,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Mean squared error of the prediction, and how it splits over noise levels.
+def denoising_loss(predict: Predict, objective: Objective, latents: Tensor, drawn: Draw) -> dict[str, Tensor]:
+    """Weighted mean squared error of the prediction, and how it splits over noise levels.
 
     Args:
-        model: predicts.
-        objective: says what.
+        predict: the network.
+        objective: what it is asked for.
         latents: (batch, c, h, w), standardised x0.
-        text: of the same batch.
-        generator: source of timesteps, noise and dropout.
+        drawn: for the same rows.
 
     Returns:
-        "loss", and without gradients its mean over the lower and the upper half of the timesteps ("loss_low", "loss_high").
+        "loss", and without gradients the plain mean squared error of those quarters of [t_min, t_max) that the batch holds, "loss_q1" (least
+        noise) to "loss_q4".
     """
-    batch = len(latents)
-    t = draw_timesteps(objective, batch, generator)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    keep_clip, keep_t5 = draw_kept(objective, batch, generator)
-    noisy, target = diffuse(latents, noise, objective.sigmas[t], objective.prediction_type)
-    predicted = model(noisy, t.to(latents), text, keep_clip, keep_t5)
-    errors = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
-    high = t >= (objective.t_min + objective.t_max) / 2
-    return {"loss": errors.mean(), "loss_low": errors.detach()[~high].mean(), "loss_high": errors.detach()[high].mean()}
+    sigma = objective.sigmas[drawn.t]
+    noisy, target = diffuse(latents, drawn.noise.to(latents), sigma, objective.prediction_type)
+    predicted = predict(noisy, drawn.t.to(latents), drawn)
+    errors = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    weighted = errors if objective.min_snr is None else errors * snr_weights(sigma, objective.min_snr, objective.prediction_type).to(errors)
+    quarter = ((drawn.t - objective.t_min) * 4).div(objective.t_max - objective.t_min, rounding_mode="floor")
+    split = {f"loss_q{q + 1}": errors.detach()[quarter.to(errors.device) == q].mean() for q in quarter.unique().tolist()}
+    return {"loss": weighted.mean(), **split}
+
+
+def snr_weights(sigma: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Min-SNR weights, see `Objective.min_snr`; sigma any shape. Finite for every sigma > 0, epsilon at SNR 0 included (weight 1)."""
+    snr = sigma**-2
+    match prediction_type:
+        case "epsilon":
+            return (gamma * sigma**2).clamp(max=1)
+        case "v_prediction":
+            return snr.clamp(max=gamma) / (snr + 1)
+        case _:
+            return snr.clamp(max=gamma)
 
 
 def diffuse(latents: Tensor, noise: Tensor, sigma: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
     """Noisy latents α·x0 + σ'·n in the variance-preserving scale (α = 1/√(1+σ²), σ' = σ·α) and the training target; both (batch, c, h, w)."""
     alpha = (1 + sigma**2).rsqrt()[:, None, None, None].to(latents)
     spread = (sigma * (1 + sigma**2).rsqrt())[:, None, None, None].to(latents)
-    target = alpha * noise - spread * latents if prediction_type == "v_prediction" else noise
+    target = {"v_prediction": alpha * noise - spread * latents, "epsilon": noise, "sample": latents}[prediction_type]
     return alpha * latents + spread * noise, target
 
 

@@ -1,6 +1,6 @@
 """Several processes that train one model: each computes a share of the batch, and all take the same step.
 
-Start them with `torchrun --nproc-per-node N script.py …`; without torchrun there is one.
+Start them with `accelerate launch` or `torchrun`, which describe the group in the environment; without them there is one process.
 """
 
 import os
@@ -24,27 +24,30 @@ class Workers:
         """Whether this process writes files."""
         return self.rank == 0
 
-    def share(self, rows: Tensor) -> Tensor:
-        """This process's part of a batch of sample numbers."""
-        return rows[self.rank :: self.count]
+    @property
+    def rows(self) -> slice:
+        """This process's rows of a batch."""
+        return slice(self.rank, None, self.count)
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its mean over the processes, in one message."""
+    def average(self, parameters: Iterable[nn.Parameter], scalars: Tensor) -> Tensor:
+        """Replace each gradient by its mean over the processes, and return the means of `scalars` (n,); one message for all."""
         if self.count == 1:
-            return
+            return scalars
         gradients = [p.grad for p in parameters if p.grad is not None]
-        joined = torch.cat([gradient.flatten() for gradient in gradients])
+        joined = torch.cat([*(gradient.flatten() for gradient in gradients), scalars])
         dist.all_reduce(joined)
         joined /= self.count
-        for gradient, mean in zip(gradients, joined.split([gradient.numel() for gradient in gradients]), strict=True):
+        *means, scalars = joined.split([*(gradient.numel() for gradient in gradients), len(scalars)])
+        for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
+        return scalars
 
 
 ALONE = Workers()
 
 
 def join_workers() -> Workers:
-    """Join the group that torchrun's environment describes (gloo on the CPU, nccl with CUDA), or be alone."""
+    """Join the group that the environment describes (gloo on the CPU, nccl with CUDA), or be alone."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

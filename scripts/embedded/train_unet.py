@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
 from tu_diffuse.text_encoders.t5 import T5Config, T5Encoder
 from tu_diffuse.text_encoders.tokenizer import load_tokenizer
 from tu_diffuse.training.loop import TrainConfig, batch_indices, generator_for, train
-from tu_diffuse.training.objective import ConditionedUNet, Objective, TextFeatures, denoising_loss, shifted_cosine_betas, text_gap
+from tu_diffuse.training.objective import ConditionedUNet, Draw, Objective, TextFeatures, denoising_loss, draw, shifted_cosine_betas, text_gap
 from tu_diffuse.training.workers import join_workers
 from tu_diffuse.unet.config import UNetConfig
 from tu_diffuse.unet.unet import UNet
@@ -173,13 +174,18 @@ def main() -> None:
         steps=options.steps, lr=options.lr, cooldown=options.cooldown, ema_decay=options.ema_decay, seed=options.seed, save_every=250
     )
 
+    def predict(text: TextFeatures, x: Tensor, t: Tensor, drawn: Draw) -> Tensor:
+        return model(x, t, text, drawn.keep_clip, drawn.keep_t5)
+
     def loss_at(step: int) -> dict[str, Tensor]:
-        generator = generator_for(config.seed, step * workers.count + workers.rank)
-        rows = workers.share(batch_indices(len(latents), options.batch_size, config.seed, step))
+        generator = generator_for(config.seed, step)
+        drawn = draw(objective, (options.batch_size, *latents.shape[1:]), generator).rows(workers.rows)
+        rows = batch_indices(len(latents), options.batch_size, config.seed, step)[workers.rows]
         with torch.autocast("cpu", torch.bfloat16):
-            losses = denoising_loss(model, objective, latents[rows].float(), encoders.features(ids, rows), generator)
+            text = encoders.features(ids, rows)
+            losses = denoising_loss(partial(predict, text), objective, latents[rows].float(), drawn)
         if (step + 1) % 500 == 0 and workers.writes:
-            right, wrong = text_gap(model, objective, latents[rows].float(), encoders.features(ids, rows), 3 * objective.t_max // 4, generator)
+            right, wrong = text_gap(model, objective, latents[rows].float(), text, 3 * objective.t_max // 4, generator)
             print(f"step {step + 1}: text gap {wrong:.4f} with shuffled captions against {right:.4f}", flush=True)
         return losses
 

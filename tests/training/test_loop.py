@@ -1,32 +1,42 @@
 """The training loop: exact resume, torn checkpoints, the order of samples, the learning rate, the moving average."""
 
+import errno
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from tu_diffuse.errors import OutputError, TrainingError, UsageError
+from tu_diffuse.training import checkpoints
 from tu_diffuse.training.checkpoints import load_newest
-from tu_diffuse.training.loop import TrainConfig, batch_indices, generator_for, train, update_average
+from tu_diffuse.training.loop import InterruptedRunError, TrainConfig, batch_indices, generator_for, train, update_average
 
 CONFIG = TrainConfig(steps=12, lr=0.05, warmup=3, cooldown=4, save_every=4, log_every=2, seed=5)
 DATA = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 
 
-def run(folder: Path, config: TrainConfig = CONFIG, stop_at: int | None = None) -> tuple[nn.Module, nn.Module]:
-    """Train a small network to predict a noisy function of its input; `stop_at` kills the run at the start of that step."""
+def run(folder: Path, config: TrainConfig = CONFIG, stop_at: int | None = None, told_at: int | None = None) -> tuple[nn.Module, nn.Module]:
+    """Train a small network to predict a noisy function of its input.
+
+    `stop_at` kills the run at the start of that step, `told_at` tells it during that step to stop after it.
+    """
     torch.manual_seed(0)
+    last: list[int] = []
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
 
     def loss_at(step: int) -> dict[str, Tensor]:
         if step == stop_at:
             raise KeyboardInterrupt
+        last[:] = [step]
         generator = generator_for(config.seed, step)
         rows = DATA[batch_indices(len(DATA), 8, config.seed, step)]
         target = rows.sum(1, keepdim=True).sin() + 0.1 * torch.randn(8, 1, generator=generator)
         return {"loss": (model(rows) - target).square().mean()}
 
-    return model, train(model, loss_at, config, folder, lambda line: None)
+    return model, train(model, loss_at, config, folder, lambda line: None, should_stop=lambda: last == [told_at])
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
@@ -105,3 +115,123 @@ def test_moving_average_of_a_constant_gradient() -> None:
     for _ in range(3):
         update_average(average, {"w": torch.ones(1)}, 0.5)
     assert average["w"].item() == pytest.approx(1 - 0.5**3)
+
+
+class Fits(nn.Module):
+    """One weight that is pulled to 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def loss(self, factor: float = 1.0) -> dict[str, Tensor]:
+        return {"loss": ((self.w - 1) * factor).square().mean()}
+
+
+def test_nan_is_skipped_three_in_a_row_stop_and_no_checkpoint_holds_it(tmp_path: Path) -> None:
+    config = TrainConfig(steps=40, lr=0.1, warmup=0, save_every=1, log_every=1)
+    model, lines = Fits(), list[str]()
+    bad = {3, 7, 8, 20, 21, 22}
+    with pytest.raises(TrainingError, match="step 23"):
+        train(model, lambda step: model.loss(math.nan if step in bad else 1.0), config, tmp_path, lambda line: lines.append(str(line)))
+    assert [line.split(":")[0] for line in lines if "not finite" in line] == [f"step {step + 1}" for step in sorted(bad)]
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert all(tensor.isfinite().all() for part in (found.model, found.average, found.optimizer) for tensor in part.values())
+    assert 0.5 < found.model["w"].item() < 1.5
+    log = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(line["loss"]) for line in log if "loss" in line)
+
+
+def test_a_run_told_to_stop_saves_that_step_and_goes_on_exactly(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(InterruptedRunError, match="step 6 of 12"):
+        run(tmp_path / "cut", told_at=5)
+    found = load_newest(tmp_path / "cut")
+    assert found is not None
+    assert found.step == 6
+    again, _ = run(tmp_path / "cut")
+    assert torch.equal(again[0].weight, whole[0].weight)  # type: ignore[union-attr]
+
+
+def test_accumulated_micro_steps_equal_one_large_batch(tmp_path: Path) -> None:
+    def trained(accumulate: int) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 1)
+        config = TrainConfig(steps=8, lr=0.05, accumulate=accumulate, warmup=0, max_grad_norm=1e9)
+
+        def loss_at(step: int) -> dict[str, Tensor]:
+            rows = DATA[step * 8 // accumulate % 40 :][: 8 // accumulate]
+            return {"loss": (model(rows) - rows.sum(1, keepdim=True)).square().mean()}
+
+        train(model, loss_at, config, tmp_path / str(accumulate), lambda line: None)
+        return model.weight.detach()
+
+    one, two = trained(1), trained(2)
+    assert torch.allclose(one, two, atol=1e-6)
+    assert one.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.04}, {"seed": 6}, {"accumulate": 2}, {"weight_decay": 0.0}])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, float]) -> None:
+    run(tmp_path)
+    with pytest.raises(UsageError, match=next(iter(change))):
+        run(tmp_path, replace(CONFIG, **change))
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    model = Fits()
+    config = TrainConfig(steps=2, lr=0.1)
+    train(model, lambda step: model.loss(), config, tmp_path, lambda line: None, identity={"data": "a"})
+    with pytest.raises(UsageError, match="identity"):
+        train(model, lambda step: model.loss(), config, tmp_path, lambda line: None, identity={"data": "b"})
+
+
+def test_a_run_whose_rate_has_begun_to_fall_cannot_be_lengthened(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(UsageError, match="length"):
+        run(tmp_path, replace(CONFIG, steps=24))
+
+
+def test_a_full_disk_stops_the_run_with_the_checkpoint_before_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checkpoints.save_file
+    calls: list[int] = []
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        calls.append(1)
+        if len(calls) > 4:  # three files a checkpoint: the second one of the second
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OutputError, match="disk is full at step 8"):
+        run(tmp_path)
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert found.step == 4
+    monkeypatch.setattr(checkpoints, "save_file", real)
+    whole, _ = run(tmp_path.with_name("whole"))
+    again, _ = run(tmp_path)
+    assert torch.equal(again[0].weight, whole[0].weight)  # type: ignore[union-attr]
+
+
+def test_a_run_that_waits_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = run(tmp_path / "whole")
+    real, left = checkpoints.save_file, [2]
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr("tu_diffuse.training.loop._POLL_SECONDS", 0.01)
+    waited, _ = run(tmp_path / "waited", replace(CONFIG, when_full="wait"))
+    assert torch.equal(waited[0].weight, whole[0].weight)  # type: ignore[union-attr]
+
+
+def test_without_an_average_the_last_weights_are_the_result(tmp_path: Path) -> None:
+    model, result = run(tmp_path, replace(CONFIG, ema_decay=None))
+    assert torch.equal(model[0].weight, result[0].weight)  # type: ignore[index]

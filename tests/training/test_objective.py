@@ -1,6 +1,7 @@
 """The denoising objective against closed forms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from tu_diffuse.training.objective import (
     TextFeatures,
     denoising_loss,
     diffuse,
+    draw,
     draw_kept,
     draw_timesteps,
     shifted_cosine_betas,
+    snr_weights,
     text_gap,
 )
 from tu_diffuse.unet.config import UNetConfig
@@ -80,10 +83,11 @@ def test_timesteps_are_stratified_over_the_interval() -> None:
 
 
 def test_dropout_rates() -> None:
-    objective = Objective(sigmas=SIGMAS, t_min=0, t_max=1000, drop_all=0.2, drop_one=0.1)
+    objective = Objective(sigmas=SIGMAS, t_min=0, t_max=1000, drop_all=0.2, drop_clip=0.1, drop_t5=0.3)
     clip, t5 = draw_kept(objective, 40_000, torch.Generator().manual_seed(0))
-    assert (~clip & ~t5).float().mean().item() == pytest.approx(0.2 + 0.8 * 0.01, abs=0.01)
-    assert (clip & ~t5).float().mean().item() == pytest.approx(0.8 * 0.9 * 0.1, abs=0.01)
+    assert (~clip & ~t5).float().mean().item() == pytest.approx(0.2 + 0.8 * 0.1 * 0.3, abs=0.01)
+    assert (clip & ~t5).float().mean().item() == pytest.approx(0.8 * 0.9 * 0.3, abs=0.01)
+    assert (~clip & t5).float().mean().item() == pytest.approx(0.8 * 0.1 * 0.7, abs=0.01)
 
 
 def test_loss_reaches_every_part_and_text_matters_after_training() -> None:
@@ -93,8 +97,10 @@ def test_loss_reaches_every_part_and_text_matters_after_training() -> None:
     latents = text.clip_tokens[:, 0, :4, None, None].expand(-1, -1, 4, 4).contiguous()  # what the picture shows is what the first word says
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     first = None
+    objective = Objective(sigmas=SIGMAS, t_min=500, t_max=1000)
     for _ in range(60):
-        losses = denoising_loss(model, Objective(sigmas=SIGMAS, t_min=500, t_max=1000), latents, text, generator)
+        drawn = draw(objective, tuple(latents.shape), generator)
+        losses = denoising_loss(lambda x, t, drawn: model(x, t, text, drawn.keep_clip, drawn.keep_t5), objective, latents, drawn)
         first = losses["loss"].item() if first is None else first
         losses["loss"].backward()
         unused = [name for name, p in model.named_parameters() if p.grad is None]
@@ -104,3 +110,41 @@ def test_loss_reaches_every_part_and_text_matters_after_training() -> None:
     right, wrong = text_gap(model, OBJECTIVE, latents, text, 800, generator)
     assert losses["loss"].item() < 0.6 * first
     assert wrong > 1.5 * right
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_against_the_paper(gamma: float) -> None:
+    snr = SIGMAS**-2
+    least = torch.minimum(snr, torch.full_like(snr, gamma))
+    torch.testing.assert_close(snr_weights(SIGMAS, gamma, "epsilon"), least / snr)
+    torch.testing.assert_close(snr_weights(SIGMAS, gamma, "v_prediction"), least / (snr + 1))
+    torch.testing.assert_close(snr_weights(SIGMAS, gamma, "sample"), least)
+
+
+def test_loss_of_a_perfect_and_of_a_blind_network() -> None:
+    """Predicting v exactly costs nothing; predicting 0 costs the mean of v², split over the quarters of the interval."""
+    x0 = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    drawn = draw(OBJECTIVE, tuple(x0.shape), torch.Generator().manual_seed(3))
+    _, v = diffuse(x0, drawn.noise, SIGMAS[drawn.t], "v_prediction")
+    assert denoising_loss(lambda x, t, drawn: v, OBJECTIVE, x0, drawn)["loss"].item() == 0
+    blind = denoising_loss(lambda x, t, drawn: torch.zeros_like(x), OBJECTIVE, x0, drawn)
+    assert blind["loss"].item() == pytest.approx(v.square().mean().item(), rel=1e-5)
+    quarters = [blind[f"loss_q{q}"].item() for q in (1, 2, 3, 4)]
+    assert sum(quarters) / 4 == pytest.approx(blind["loss"].item(), rel=1e-5)  # 16 rows each
+    weighted = denoising_loss(lambda x, t, drawn: torch.zeros_like(x), replace(OBJECTIVE, min_snr=5.0), x0, drawn)
+    expected = (v.square().mean(dim=(1, 2, 3)) * snr_weights(SIGMAS[drawn.t], 5.0, "v_prediction")).mean().item()
+    assert weighted["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_of_a_draw_are_those_of_the_whole() -> None:
+    drawn = draw(OBJECTIVE, (6, 4, 4, 4), torch.Generator().manual_seed(3))
+    mine, other = drawn.rows(slice(0, None, 2)), drawn.rows(slice(1, None, 2))
+    assert torch.equal(torch.stack([mine.noise, other.noise], 1).flatten(0, 1), drawn.noise)
+    assert torch.equal(torch.stack([mine.t, other.t], 1).flatten(), drawn.t)
+
+
+def test_noise_offset_is_equal_over_a_channel() -> None:
+    plain, moved = (draw(replace(OBJECTIVE, noise_offset=offset), (512, 3, 8, 8), torch.Generator().manual_seed(3)).noise for offset in (0.0, 0.5))
+    added = moved - plain
+    assert torch.allclose(added, added[..., :1, :1].expand_as(added), atol=1e-6)
+    assert added[..., 0, 0].std().item() == pytest.approx(0.5, rel=0.1)

@@ -21,7 +21,7 @@ workers = join_workers()
 config = TrainConfig(steps=20, lr=0.05, warmup=3, log_every=1, save_every=10, max_grad_norm=1e9)
 
 def loss_at(step):
-    rows = data[workers.share(batch_indices(32, 8, 0, step))]
+    rows = data[batch_indices(32, 8, 0, step)[workers.rows]]
     return {"loss": (model(rows) - rows.sum(1, keepdim=True).sin()).square().mean()}
 
 trained = train(model, loss_at, config, Path(sys.argv[1]), lambda line: None, workers)
@@ -45,3 +45,6 @@ def test_two_processes_end_at_the_weights_of_one(tmp_path: Path) -> None:
     assert max(map(abs, one)) > 0.1
     logs = [(tmp_path / str(n) / "losses.jsonl").read_text().splitlines() for n in (1, 2)]
     assert [json.loads(line)["step"] for line in logs[1]] == list(range(1, 21))
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert min(losses[0]) > 0.01
