@@ -32,6 +32,9 @@ KEEP_BYTES = 4 * 2**30  # experts that are smaller on disk all stay in memory; o
 TILE_ROWS = 64  # latent rows that a KL autoencoder decodes at a time: 512 pixels at once, taller pictures in strips of the same result
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is told of pictures to draw and to avoid
 
+TextParts = ClipPart | ClipT5Part | tuple[ClipPart | None, ClipPart]
+"""SD's tower; CLIP, T5 and their join; or SDXL's two towers (its refiner has only the second)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -113,10 +116,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _encoder(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend
-) -> Callable[[str, str, int, int], tuple[Encoded, Encoded]]:
-    """Load the text encoders and return the function that encodes a prompt and its negative."""
+def load_text(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> TextParts:
+    """Load the text encoders of a model, as its family has them."""
 
     def clip(part: str) -> ClipPart:
         config = CLIPTextConfig.from_dict(folder.configs[part])
@@ -127,23 +128,33 @@ def _encoder(
 
     match folder.family:
         case "sd":
-            tower = clip("text_encoder")
-            return lambda prompt, negative, width, height: (encode_sd([prompt], tower), encode_sd([negative], tower))  # noqa: ARG005
+            return clip("text_encoder")
         case "clip-t5":
-            joined = ClipT5Part(clip("text_encoder"), _t5(folder, dtype, device, backend), _conditioner(folder, dtype, device, backend))
-            return lambda prompt, negative, width, height: (encode_clip_t5([prompt], joined), encode_clip_t5([negative], joined))  # noqa: ARG005
+            return ClipT5Part(clip("text_encoder"), _t5(folder, dtype, device, backend), _conditioner(folder, dtype, device, backend))
         case _:
-            first, second = clip("text_encoder") if "text_encoder" in folder.parts else None, clip("text_encoder_2")
+            return clip("text_encoder") if "text_encoder" in folder.parts else None, clip("text_encoder_2")
 
-            def encode(text: str, score: float, width: int, height: int) -> Encoded:
-                told = [score] if first is None else [height, width]
-                prompt = None if text == "" else text
-                return encode_sdxl([prompt], first, second, [height, width, 0, 0, *told], force_zeros_for_empty_prompt=folder.zero_negative)
 
-            return lambda prompt, negative, width, height: (
-                encode(prompt, AESTHETIC_SCORE, width, height),
-                encode(negative, NEGATIVE_AESTHETIC_SCORE, width, height),
-            )
+def _encoder(
+    folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend
+) -> Callable[[str, str, int, int], tuple[Encoded, Encoded]]:
+    """Load the text encoders and return the function that encodes a prompt and its negative."""
+    parts = load_text(folder, dtype, device, backend)
+    if isinstance(parts, ClipPart):
+        return lambda prompt, negative, width, height: (encode_sd([prompt], parts), encode_sd([negative], parts))  # noqa: ARG005
+    if isinstance(parts, ClipT5Part):
+        return lambda prompt, negative, width, height: (encode_clip_t5([prompt], parts), encode_clip_t5([negative], parts))  # noqa: ARG005
+    first, second = parts
+
+    def encode(text: str, score: float, width: int, height: int) -> Encoded:
+        told = [score] if first is None else [height, width]
+        prompt = None if text == "" else text
+        return encode_sdxl([prompt], first, second, [height, width, 0, 0, *told], force_zeros_for_empty_prompt=folder.zero_negative)
+
+    return lambda prompt, negative, width, height: (
+        encode(prompt, AESTHETIC_SCORE, width, height),
+        encode(negative, NEGATIVE_AESTHETIC_SCORE, width, height),
+    )
 
 
 def _t5(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> T5Part:

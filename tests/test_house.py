@@ -13,7 +13,7 @@ ROOT = Path(tu_diffuse.__file__).parent
 BOTTOM = ("unet", "vae", "text_encoders", "schedulers")
 MAY_IMPORT = {name: {name} for name in BOTTOM} | {
     "pipeline": {"pipeline", *BOTTOM},
-    "training": {"training", *BOTTOM},
+    "training": {"training", "pipeline", *BOTTOM},
     "cli": {"cli", "pipeline", "training"},
 }
 SHARED = {"contracts", "attention", "errors", "weights", "__init__", ""}
