@@ -13,6 +13,7 @@ import typer
 from .. import __version__
 from ..errors import TuDiffuseError
 from .doctor import doctor
+from .experts import app as experts
 from .generate import generate
 from .info import info
 from .options import EXIT_CODES
@@ -32,6 +33,7 @@ app.command(epilog=EXIT_CODES)(generate)
 app.command(epilog=EXIT_CODES)(info)
 app.command(epilog=EXIT_CODES)(replay)
 app.command(epilog=EXIT_CODES)(doctor)
+app.add_typer(experts, name="experts")
 
 
 def _print_version(wanted: bool) -> None:

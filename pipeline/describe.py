@@ -1,10 +1,15 @@
 """What a model folder holds, read from its JSON files and the headers of its safetensors files: no weights are loaded."""
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..unet.deltas import LORA, TENSORS, chain, own_files
+from ..unet.experts import ExpertEntry
+from ..unet.lora import read_lora
 from ..weights import read_header, weight_files
 from .folder import ModelFolder
 
@@ -14,7 +19,8 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
 
     Returns:
         kind ("model"), name, hash, family, prediction (what the U-Nets put out), size_multiple (of width and height, in pixels), parameters,
-        defaults, experts (name, folder, sigma interval, guidance, parameters, dtype) and parts (name, class, parameters, dtype, megabytes).
+        defaults, experts (name, folder, sigma interval, null for no end, guidance, parameters, dtype, megabytes of its own files) and parts (name,
+        class, parameters, dtype, megabytes).
 
     Raises:
         ModelError: a weight file is missing or not valid.
@@ -25,8 +31,9 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
         if name in ("vae", "conditioner") or name.startswith("text_encoder")
     ]
     experts: list[dict[str, Any]] = [
-        {"name": e.name, "folder": e.subfolder, "sigma_min": e.sigma_min, "sigma_max": e.sigma_max, "guidance": e.guidance}
-        | _weights(folder.path / e.subfolder, "diffusion_pytorch_model")
+        {"name": e.name, "folder": e.subfolder, "sigma_min": e.sigma_min, "sigma_max": _finite(e.sigma_max), "guidance": e.guidance}
+        | _weights(chain(folder.path / e.subfolder)[-1], "diffusion_pytorch_model")
+        | {"megabytes": round(_bytes(own_files(folder.path / e.subfolder)) / 1e6, 1)}
         for e in folder.experts
     ]
     defaults = folder.defaults
@@ -42,6 +49,73 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
         "experts": experts,
         "parts": parts,
     }
+
+
+def describe_experts(folder: ModelFolder) -> dict[str, Any]:
+    """Facts about the experts of a model folder, JSON-compatible.
+
+    Returns:
+        kind ("experts"), name, bytes (all U-Net files, each once), and experts, from high to low noise: name, folder, stored ("whole", "delta",
+        "lora" or "delta+lora"), base (folder), parent (name), guidance, the interval as sigma_min and sigma_max (null: no end), timestep_min and
+        timestep_max (fractional; the expert owns timestep_min <= t < timestep_max) and log_snr_min and log_snr_max (of sigma: −2·ln sigma; null: no
+        end), and its tensors: tensors, shared_tensors (taken from bases), bytes (its own files) and shared_bytes (of the tensors from bases).
+
+    Raises:
+        ModelError: a weight file is missing or not valid.
+    """
+    files = {path for entry in folder.experts for base in chain(folder.path / entry.subfolder) for path in own_files(base)}
+    return {
+        "kind": "experts",
+        "name": folder.name,
+        "bytes": _bytes(files),
+        "experts": [_expert(folder, entry) for entry in reversed(folder.experts)],
+    }
+
+
+def _expert(folder: ModelFolder, entry: ExpertEntry) -> dict[str, Any]:
+    own, *bases = chain(folder.path / entry.subfolder)
+    present = [kind for kind, name in (("delta", TENSORS), ("lora", LORA)) if (own / name).exists()]
+    whole = bases[-1] if bases else own
+    sizes = {name: _size(tensor) for path in weight_files(whole) for name, tensor in read_header(path).items()}
+    changed = _changed(own) if bases else set(sizes)
+    noise, low, high = folder.noise, entry.sigma_min, entry.sigma_max
+    return {
+        "name": entry.name,
+        "folder": entry.subfolder,
+        "stored": "whole" if not bases else "+".join(present) if present else "delta",
+        "base": bases[0].name if bases else None,
+        "parent": entry.parent,
+        "guidance": entry.guidance,
+        "sigma_min": low,
+        "sigma_max": _finite(high),
+        "timestep_min": 0.0 if low <= noise.sigma_min else round(float(noise.timestep_at(low)), 6),
+        "timestep_max": float(len(noise.sigmas)) if high > noise.sigma_max else round(float(noise.timestep_at(high)), 6),
+        "log_snr_min": None if math.isinf(high) else -2 * math.log(high),
+        "log_snr_max": None if low == 0 else -2 * math.log(low),
+        "tensors": len(sizes),
+        "shared_tensors": len(sizes.keys() - changed),
+        "bytes": _bytes(own_files(own)),
+        "shared_bytes": sum(size for name, size in sizes.items() if name not in changed),
+    }
+
+
+def _changed(folder: Path) -> set[str]:
+    """Names of the tensors that a delta does not take from its base as they are."""
+    own = set(read_header(folder / TENSORS)) if (folder / TENSORS).exists() else set[str]()
+    return own | ({f"{module}.weight" for module in read_lora(folder / LORA)} if (folder / LORA).exists() else set[str]())
+
+
+def _finite(sigma: float) -> float | None:
+    return None if math.isinf(sigma) else sigma
+
+
+def _size(tensor: dict[str, Any]) -> int:
+    start, end = tensor["data_offsets"]
+    return end - start
+
+
+def _bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
 
 
 def _weights(folder: Path, stem: str) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""`tu-diffuse experts`: the experts of a model folder, and new folders with other experts."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from .info import lines_of
+from .options import EXIT_CODES, Debug, Json
+
+app = typer.Typer(
+    help="Show the experts of a model, and fork, compose, merge and drop them. Models are never changed; each command writes a new folder.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Folder = Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="A model folder. [default: the embedded model]")]
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The new model folder; must not exist.")]
+Link = Annotated[bool, typer.Option("--link", help="Hard links instead of copies of files that stay the same; then never edit them in place.")]
+
+
+@app.command(epilog=EXIT_CODES)
+def show(folder: Folder = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Show which expert owns which noise levels, where each comes from, and what it takes on disk. No weights are loaded.
+
+    Examples:
+
+      tu-diffuse experts show
+
+      tu-diffuse experts show models/my-ensemble --json
+
+    With --json one line: name, bytes, and experts from high to low noise, each with its interval in sigma, timesteps and log-SNR (null: no
+    end), parent, guidance, how it is stored (whole, delta, lora), base, bytes of its own and shared ones.
+    """
+    del debug  # read in main.py
+    from ..pipeline.describe import describe_experts
+    from ..pipeline.folder import open_folder
+
+    _print(describe_experts(open_folder(folder)), as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def fork(
+    out: Out,
+    folder: Folder = None,
+    at_timestep: Annotated[list[float] | None, typer.Option(help="A border, as a training timestep; give it again for more children.")] = None,
+    at_sigma: Annotated[list[float] | None, typer.Option(help="A border, as a noise level.")] = None,
+    expert: Annotated[str | None, typer.Option(metavar="NAME", help="Which expert. [default: the only one]")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Give each child all weights, loadable by diffusers, instead of a delta.")] = False,
+    link: Link = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Split an expert at noise levels into children that begin as it: the new model draws the same pictures, until a child is trained.
+
+    Children are named by the timesteps they own, and take almost no disk: what they share with their parent is stored once.
+
+    Examples:
+
+      tu-diffuse experts fork my-sd15 --at-timestep 500 --out forked
+
+      tu-diffuse experts fork forked --expert t0500-1000 --at-timestep 900 --at-timestep 750 --out more
+
+    With --json one line: path, and what `experts show` prints of the new folder.
+    """
+    del debug  # read in main.py
+    from ..pipeline.folder import open_folder
+    from ..training.forking import fork as fork_expert
+    from ..training.forking import sigma_of
+
+    model = open_folder(folder)
+    borders = [*(sigma_of(model.noise, step) for step in at_timestep or ()), *(at_sigma or ())]
+    fork_expert(model, borders, out, expert=expert, whole=whole, link=link)
+    _print_new(out, as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def merge(
+    out: Out,
+    folder: Folder = None,
+    expert: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Merge these neighbours only. [default: all experts]")] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Weight of its difference from the parent. [default: its share of timesteps]"),
+    ] = None,
+    link: Link = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make one expert of several: parent + sum of weight * (child - parent).
+
+    The parent is the base that the children are stored against. Where there is none, the children are averaged, and it is said.
+
+    Examples:
+
+      tu-diffuse experts merge forked --out merged
+
+      tu-diffuse experts merge more --expert t0500-0750 --expert t0750-1000 --weight t0500-0750=1 --weight t0750-1000=0.5 --out fewer
+
+    With --json one line: path, weights, parent (null: averaged), and what `experts show` prints of the new folder.
+    """
+    del debug  # read in main.py
+    from ..pipeline.folder import open_folder
+    from ..training.forking import merge as merge_experts
+
+    shares = None if not weight else dict(_share(text) for text in weight)
+    merged = merge_experts(open_folder(folder), out, experts=expert or (), shares=shares, link=link)
+    _print_new(out, as_json, weights=dict(merged.shares), parent=merged.parent)
+    if merged.parent is None:
+        typer.echo("no parent of the merged experts is in the folder: they were averaged", err=True)
+
+
+@app.command(epilog=EXIT_CODES)
+def drop(
+    out: Out,
+    expert: Annotated[str, typer.Option(metavar="NAME", help="Which expert goes.")],
+    to: Annotated[str, typer.Option(metavar="lower|higher", help="Which neighbour takes over its noise levels.")],
+    folder: Folder = None,
+    link: Link = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Remove an expert; its neighbour takes over its noise levels and is named by all that it owns then.
+
+    Examples:
+
+      tu-diffuse experts drop forked --expert t0000-0500 --to higher --out without
+
+    With --json one line: path, and what `experts show` prints of the new folder.
+    """
+    del debug  # read in main.py
+    if to not in ("lower", "higher"):
+        raise UsageError(f"--to {to!r} is not known; use lower or higher.")
+    from ..pipeline.folder import open_folder
+    from ..training.forking import drop as drop_expert
+
+    drop_expert(open_folder(folder), expert, out, heir=to, link=link)
+    _print_new(out, as_json)
+
+
+def _share(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise UsageError(f"--weight {text!r} is not a name and a number; write for example t0500-1000=0.5.") from None
+
+
+def _print_new(out: Path, as_json: bool, **more: object) -> None:
+    from ..pipeline.describe import describe_experts
+    from ..pipeline.folder import open_folder
+
+    _print({"path": str(out), **more, **describe_experts(open_folder(out))}, as_json)
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        for line in lines_of(facts):
+            print(line)
