@@ -1,102 +1,205 @@
-"""Read LAION-style tar shards as img2dataset writes them: `<key>.jpg|jpeg|png|webp`, `<key>.txt`, `<key>.json`, members of one key adjacent.
+"""LAION-style tar shards, as img2dataset writes them: `<key>.jpg|jpeg|png|webp`, `<key>.txt`, `<key>.json`, the members of one key adjacent.
 
-Nothing is extracted to disk, unpickled or run; other suffixes are passed over.
+`index_shards` reads every shard once, finds what is damaged (`shard_check.py`), and returns an index of which any picture can then be read by its
+offset. Nothing is extracted to disk, unpickled or run; members with other suffixes are passed over and counted.
 """
 
-import io
+import hashlib
 import json
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..errors import DataError
+from .pictures import decode_picture
+from .shard_check import Damage, Sample, ShardReport, check_shard
+from .shard_specs import read_range, shard_name
 
-PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
-_BLOCK = 512
+MAX_LOST = 0.01
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One picture with its caption.
+class ShardIndex:
+    """The whole samples of a set of shards, and an account of all else that lies in them.
 
-    `key` as in the shard; `picture` the encoded bytes; `caption` the .txt; `columns` the .json (LAION's columns), empty when there is none.
+    Attributes:
+        shards: locations, as `shard_specs.expand` returns them; `Sample.shard` counts into it.
+        samples: in the order of the shards and of the members within.
+        skipped: how many samples were left out for each reason. A sample is a run of adjacent members of one key, so
+            `len(samples) + sum(skipped.values())` is the number of such runs in the shards.
+        members: how many tar members are "used" (in `samples`), "skipped" (in samples left out) and "ignored" (other suffixes, folders,
+            links); their sum is the number of members with a whole header.
+        vanished: how many samples left no trace: by the `_stats.json` of the shard where there is one, else estimated; None when a shard is cut and
+            nothing tells how much it held.
+        damages: every damaged place, in order.
+        notes: what a person may want to know and is no damage.
     """
 
-    key: str
-    picture: bytes
-    caption: str
-    columns: dict[str, Any]
+    shards: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    skipped: Mapping[str, int]
+    members: Mapping[str, int]
+    vanished: int | None
+    damages: tuple[Damage, ...]
+    notes: tuple[str, ...]
+
+    def picture(self, i: int) -> NDArray[np.uint8]:
+        """Decode the picture of sample i: uint8 (height, width, 3), sRGB.
+
+        Raises:
+            DataError: it cannot be read or decoded, with shard, key and byte offset.
+        """
+        sample = self.samples[i]
+        location = self.shards[sample.shard]
+        try:
+            return decode_picture(read_range(location, sample.offset, sample.size))
+        except DataError as error:
+            raise DataError(
+                f"The picture of sample {sample.key} in shard {shard_name(location)} at byte {sample.offset} is damaged: {error}; "
+                "leave it out, or download the shard again."
+            ) from error
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        """The whole .json of sample i, read from the shard; empty when there is none."""
+        sample = self.samples[i]
+        if sample.metadata_size == 0:
+            return {}
+        return json.loads(read_range(self.shards[sample.shard], sample.metadata_offset, sample.metadata_size))
+
+    def fingerprint(self) -> str:
+        """A hash over keys, places and captions of all samples, in order: equal for equal data wherever the shards lie."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(json.dumps([sample.shard, sample.key, sample.offset, sample.size, sample.caption]).encode())
+        return digest.hexdigest()
 
 
-def read_shard(path: Path) -> Iterator[Sample]:
-    """Yield the samples of one tar shard in order.
+def index_shards(
+    locations: Sequence[str],
+    *,
+    verify_pictures: bool = False,
+    verify_hashes: bool = False,
+    skip_damaged: bool = False,
+    max_lost: float = MAX_LOST,
+    progress: Callable[[ShardReport], None] | None = None,
+) -> ShardIndex:
+    """Read every shard once and index its samples.
+
+    Args:
+        locations: files and URLs; see `shard_specs.expand`.
+        verify_pictures: decode every picture. Without it a picture's first bytes are checked, and damage further in is an error of
+            `ShardIndex.picture`.
+        verify_hashes: compare every picture with the hash in its .json. img2dataset takes that hash before resizing, so this is for pictures
+            that were stored as downloaded.
+        skip_damaged: leave damaged samples out instead of raising.
+        max_lost: with `skip_damaged`, the share of samples (0..1) that may be lost.
+        progress: called with each shard's report.
 
     Raises:
-        DataError: the tar is damaged (Python's tarfile takes a bad header for the end: what follows the last member must be zeros), or a
-            sample lacks its picture or its caption.
+        DataError: damage, or with `skip_damaged` more than `max_lost` of the samples lost, or no sample at all.
+        UsageError: a shard is not there.
     """
-    parts: dict[str, bytes] = {}
-    key = ""
-    with path.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    stem, _, suffix = Path(member.name).name.partition(".")
-                    if not member.isfile() or suffix not in (*PICTURE_SUFFIXES, "txt", "json"):
-                        continue
-                    if stem != key and parts:
-                        yield _sample(path, key, parts)
-                        parts = {}
-                    key = stem
-                    content = tar.extractfile(member)
-                    parts[suffix] = b"" if content is None else content.read()
-                end = tar.offset
-        except tarfile.TarError as error:
-            raise DataError(f"Shard {path.name} is damaged ({error}); download it again or leave it out.") from error
-        file.seek(end)
-        tail = file.read()
-    if len(tail) < _BLOCK or tail.strip(b"\0"):
-        raise DataError(f"Shard {path.name} is damaged at byte {end}: a tar ends in zeros; download it again or leave it out.")
-    if parts:
-        yield _sample(path, key, parts)
+    reports: list[ShardReport] = []
+    for number, location in enumerate(locations):
+        report = check_shard(location, number, verify_pictures=verify_pictures, verify_hashes=verify_hashes)
+        reports.append(report)
+        if progress is not None:
+            progress(report)
+    return build_index(reports, skip_damaged=skip_damaged, max_lost=max_lost)
 
 
-def _sample(path: Path, key: str, parts: dict[str, bytes]) -> Sample:
-    picture = next((parts[suffix] for suffix in PICTURE_SUFFIXES if suffix in parts), None)
-    if picture is None or "txt" not in parts:
-        missing = "picture" if picture is None else "caption (.txt)"
-        raise DataError(f"Sample {key} of shard {path.name} has no {missing}; every sample needs a picture and a caption.")
-    columns = json.loads(parts["json"]) if "json" in parts else {}
-    return Sample(key, picture, parts["txt"].decode("utf-8"), columns)
+def build_index(reports: Sequence[ShardReport], *, skip_damaged: bool = False, max_lost: float = MAX_LOST) -> ShardIndex:
+    """Join the reports of `check_shard`, in the order of their numbers; arguments and errors as of `index_shards`."""
+    damages = tuple(damage for report in reports for damage in report.damages)
+    first = "".join(describe(damage) for damage in damages[:1])
+    if damages and not skip_damaged:
+        more = f", and {len(damages) - 1} more places are damaged" if len(damages) > 1 else ""
+        raise DataError(f"{first}{more}; download what is damaged again, leave it out, or use --skip-damaged.")
+    skipped = _sum(report.skipped for report in reports)
+    seen = sum(report.runs for report in reports)
+    vanished = _total([_vanished(report, reports) for report in reports if report.damages])
+    if damages and max_lost < 1:
+        lost = sum(skipped.values()) + (vanished or 0)
+        if vanished is None or lost > max_lost * (seen + vanished):
+            how = "Nobody knows how many" if vanished is None else f"{lost} of {seen + vanished}"
+            raise DataError(
+                f"{how} samples are lost to {len(damages)} damaged places, more than the {max_lost:.2%} allowed, first: "
+                f"{first}; download the damaged shards again or leave them out."
+            )
+    samples = tuple(sample for report in reports for sample in report.samples)
+    if not samples:
+        raise DataError("No sample was found in the shards; give at least one .tar file with pictures and captions.")
+    return ShardIndex(
+        shards=tuple(report.location for report in reports),
+        samples=samples,
+        skipped=skipped,
+        members=_sum(report.members for report in reports),
+        vanished=vanished,
+        damages=damages,
+        notes=_notes(reports),
+    )
 
 
-def decode_picture(data: bytes) -> NDArray[np.uint8]:
-    """Decode JPEG, PNG or WebP bytes to uint8 (height, width, 3), sRGB."""
-    with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
-        return np.asarray(picture.convert("RGB"))
+def describe(damage: Damage) -> str:
+    """One damaged place as the beginning of a sentence."""
+    sample = f", sample {damage.key}" if damage.key else ""
+    return f"Shard {shard_name(damage.shard)} is damaged at byte {damage.offset}{sample}: {damage.detail}"
 
 
 def load_shards(paths: Sequence[Path]) -> tuple[NDArray[np.uint8], list[str], list[dict[str, Any]]]:
     """Read whole shards of equally sized pictures into memory.
 
     Returns:
-        pictures (n, height, width, 3) uint8, captions, columns.
+        pictures (n, height, width, 3) uint8, captions, columns (the .json of each).
 
     Raises:
-        DataError: no shard, a damaged shard, or pictures of different sizes.
+        DataError: no sample, damage, or pictures of different sizes.
     """
-    samples = [sample for path in paths for sample in read_shard(path)]
-    if not samples:
-        raise DataError("No sample was found in the shards; give at least one .tar file with pictures and captions.")
-    pictures = [decode_picture(sample.picture) for sample in samples]
+    index = index_shards([str(path) for path in paths])
+    pictures = [index.picture(i) for i in range(len(index.samples))]
     sizes = {picture.shape for picture in pictures}
     if len(sizes) > 1:
         raise DataError(f"The shards hold pictures of {len(sizes)} sizes, such as {sorted(sizes)[:3]}; this reader wants one size.")
-    return np.stack(pictures), [sample.caption for sample in samples], [sample.columns for sample in samples]
+    return np.stack(pictures), [sample.caption for sample in index.samples], [index.metadata(i) for i in range(len(pictures))]
+
+
+def _vanished(report: ShardReport, reports: Sequence[ShardReport]) -> int | None:
+    """How many samples of a damaged shard left no trace: what its stats promise, else as many as its fullest neighbour has or its gaps could hold."""
+    if report.promised is not None:
+        return max(0, report.promised - report.keys)
+    if report.cut:
+        others = [other.keys for other in reports if other is not report]
+        return max(1, max(others) - report.keys) if others else None
+    if report.gap_bytes == 0:
+        return 0
+    return round(report.gap_bytes * len(report.samples) / report.sample_bytes) if report.samples else None
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)
+
+
+def _total(numbers: Sequence[int | None]) -> int | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+def _notes(reports: Sequence[ShardReport]) -> tuple[str, ...]:
+    without = sum(report.promised is None for report in reports)
+    unhashed = sum(report.unhashed for report in reports)
+    notes: list[str] = []
+    if without:
+        notes.append(
+            f"{without} of {len(reports)} shards have no _stats.json, which img2dataset writes last, so nothing says whether they are finished"
+        )
+    if unhashed:
+        notes.append(f"{unhashed} samples carry no hash to compare their picture with")
+    return tuple(notes)

@@ -1,0 +1,146 @@
+"""The members of one shard, gathered sample by sample, and what is wrong with each."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO, cast
+
+from ..errors import DataError
+from .columns import Columns, read_columns
+from .pictures import SIGNATURE_BYTES, decode_picture, has_signature
+from .shard_scan import Gap, Member, scan
+
+MAX_PICTURE_BYTES = 1 << 26
+MAX_TEXT_BYTES = 1 << 20
+_KINDS = {"jpg": "picture", "jpeg": "picture", "png": "picture", "webp": "picture", "txt": "caption", "json": "metadata"}
+_HASHES = ("sha256", "sha512", "sha1", "md5")  # img2dataset names the column after the hash
+
+
+@dataclass(slots=True)
+class Run:
+    """Adjacent members of one key, while they are read; `problems` are (reason, detail, byte offset), `gaps` lie in it or border on it."""
+
+    key: str
+    gaps: list[Gap]
+    members: list[Member] = field(default_factory=list[Member])
+    parts: dict[str, Member] = field(default_factory=dict[str, Member])
+    problems: list[tuple[str, str, int]] = field(default_factory=list[tuple[str, str, int]])
+    caption: str = ""
+    columns: Columns = field(default_factory=Columns)
+    hash: tuple[str, str] | None = None
+    content: bytes = b""  # of the picture, until it is verified
+
+    @property
+    def complete(self) -> bool:
+        """Whether the picture and the caption are there."""
+        return "picture" in self.parts and "caption" in self.parts
+
+
+def read_runs(file: BinaryIO, verify_pictures: bool, verify_hashes: bool) -> tuple[list[Run], list[Gap], int]:
+    """The runs and gaps of a shard, and the number of members that are passed over."""
+    runs: list[Run] = []
+    gaps: list[Gap] = []
+    fresh: list[Gap] = []  # gaps since the last member that was kept
+    ignored = 0
+    for event in scan(file):
+        if isinstance(event, Gap):
+            gaps.append(event)
+            fresh.append(event)
+            if runs:
+                runs[-1].gaps.append(event)
+            continue
+        key, kind = _split_name(event.name)
+        if not kind or not event.plain:
+            ignored += 1
+            continue
+        if not runs or runs[-1].key != key:
+            if runs:
+                _verify(runs[-1], verify_pictures, verify_hashes)
+            runs.append(Run(key, fresh))
+        fresh = []
+        _add(runs[-1], kind, event, file, whole=verify_pictures or verify_hashes)
+    if runs:
+        _verify(runs[-1], verify_pictures, verify_hashes)
+    return runs, gaps, ignored
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """The key and the kind of a member; the suffix is all after the first dot of the base name, in any case. No kind: not ours."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, _KINDS.get(suffix.lower(), "") if stem else ""
+
+
+def _add(run: Run, kind: str, member: Member, file: BinaryIO, whole: bool) -> None:
+    """Take one member into a run, with the content of a caption or JSON, and of a picture its beginning or the whole."""
+    run.members.append(member)
+    limit = MAX_PICTURE_BYTES if kind == "picture" else MAX_TEXT_BYTES
+    if kind in run.parts:
+        run.problems.append(("duplicate key", f"it has two members of the kind {kind}, so nobody knows which belong together", member.start))
+        return
+    run.parts[kind] = member
+    if member.size > limit:
+        run.problems.append(("too large", f"its {kind} has {member.size} bytes, more than {limit}", member.start))
+        return
+    file.seek(member.data)
+    content = file.read(member.size if whole or kind != "picture" else min(member.size, SIGNATURE_BYTES))
+    try:
+        match kind:
+            case "picture":
+                run.content = content
+                if not has_signature(content[:SIGNATURE_BYTES]):
+                    run.problems.append(("picture", "its picture is no JPEG, PNG or WebP", member.start))
+            case "caption":
+                run.caption = content.decode("utf-8")
+                if not run.caption.strip():
+                    run.problems.append(("empty caption", "its caption is empty", member.start))
+            case _:
+                metadata = json.loads(content)
+                if not isinstance(metadata, dict):
+                    raise ValueError("no object")
+                _read_metadata(run, cast(dict[str, object], metadata))
+    except (ValueError, RecursionError):
+        reason, detail = ("bad caption", "its caption is not UTF-8") if kind == "caption" else ("bad json", "its .json is no JSON object")
+        run.problems.append((reason, detail, member.start))
+
+
+def _read_metadata(run: Run, metadata: Mapping[str, object]) -> None:
+    run.columns = read_columns(metadata)
+    run.hash = next(((name, value.lower()) for name in _HASHES if isinstance(value := metadata.get(name), str)), None)
+
+
+def _verify(run: Run, verify_pictures: bool, verify_hashes: bool) -> None:
+    """Look into the picture of a run that is read to its end, and let its bytes go."""
+    content, run.content = run.content, b""
+    if not run.complete or run.problems:
+        return
+    start = run.parts["picture"].start
+    if verify_hashes and run.hash is not None and hashlib.new(run.hash[0], content, usedforsecurity=False).hexdigest() != run.hash[1]:
+        detail = f"its picture differs from its {run.hash[0]} (img2dataset takes that before it resizes)"
+        run.problems.append(("hash", detail, start))
+    elif verify_pictures:
+        try:
+            decode_picture(content)
+        except DataError as error:
+            run.problems.append(("picture", f"its picture is damaged: {error}", start))
+
+
+def judge(run: Run, twins: list[Run]) -> tuple[str, str, int] | Gap | None:
+    """Why a run is not a whole sample: (reason, detail, byte offset), the gap to which it lost a member, or None for a whole sample."""
+    start = run.members[0].start
+    if not run.key.isprintable() or run.key.startswith("/") or "\\" in run.key or ".." in run.key.split("/"):
+        return "bad name", "its name leads out of a folder or cannot be printed", start
+    if run.gaps and len(run.parts) < len(set(_KINDS.values())):
+        return run.gaps[0]
+    if len(twins) > 1 and not all(twin.complete for twin in twins):
+        return "split key", "its members are not adjacent", start
+    if run is not twins[0]:
+        return "duplicate key", "its key was there before", start
+    if run.problems:
+        return run.problems[0]
+    if "picture" not in run.parts:
+        return "no picture", "it has a caption or .json but no picture", start
+    if "caption" not in run.parts:
+        return "no caption", "it has no caption (.txt)", start
+    return None

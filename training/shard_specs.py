@@ -1,0 +1,234 @@
+"""Names of shards as people write them - brace patterns, globs, files, URLs - and reading what they name.
+
+Local files are opened directly; `s3://`, `https://` and `http://` go through fsspec, whose back ends come with `pip install 'tu-diffuse[remote]'`.
+"""
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import unquote, urlsplit
+
+from ..errors import DataError, UnsafeError, UsageError
+
+MAX_SHARDS = 100_000
+REMOTE_SCHEMES = ("s3", "https", "http")
+_MAX_BRACES = 20
+_BUFFER = 1 << 16  # bytes of a local file that are read ahead
+_REMOTE_BLOCK = 1 << 22  # bytes of one request
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # two letters at least: C: is a drive
+
+
+def expand(specs: Sequence[str]) -> list[str]:
+    """Turn what a person wrote into shard locations: local paths and URLs, in the order given, globs sorted.
+
+    Args:
+        specs: each a path, a URL (file, s3, https, http), or either with brace patterns - `{00000..00099}` counts up or down and keeps leading
+            zeros, `{a,b}` lists, groups may nest - and with the globs `*`, `?`, `[...]`, `**`. A glob takes names that end in .tar. Text in
+            braces that is neither a range nor a list, and a path that exists as it is written, are taken literally. In an http(s) URL only `*` is
+            a glob, because ? begins its query.
+
+    Raises:
+        UsageError: nothing is found, a file is missing or named twice, more than 100,000 shards, standard input, or a scheme that is not read.
+        UnsafeError: `pipe:`, which would run a command.
+    """
+    if not specs:
+        raise UsageError("No shards are named; give files, 'shards/{00000..00099}.tar', 'shards/*.tar', or https:// and s3:// URLs.")
+    locations: list[str] = []
+    for spec in specs:
+        for name in _braces(_checked(spec)) if not os.path.exists(spec) else [spec]:
+            locations += _found(name, spec)
+            if len(locations) > MAX_SHARDS:
+                raise UsageError(f"{spec!r} makes more than {MAX_SHARDS} shards; name fewer at a time.")
+    seen: set[str] = set()
+    for location in locations:
+        identity = location if _is_remote(location) else os.path.realpath(location)
+        if identity in seen:
+            raise UsageError(f"Shard {shard_name(location)} is named twice; name each shard once.")
+        seen.add(identity)
+    return locations
+
+
+def shard_name(location: str) -> str:
+    """A location as it may be shown: a URL without its query and user part, which may hold secrets."""
+    if not _is_remote(location):
+        return location
+    parts = urlsplit(location)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def open_shard(location: str) -> BinaryIO:
+    """Open a shard for reading and seeking.
+
+    Raises:
+        UsageError: there is no such shard, or a back end of fsspec is not installed.
+        DataError: it cannot be read, or its server does not answer requests for parts of a file.
+    """
+    try:
+        if not _is_remote(location):
+            return Path(location).open("rb", buffering=_BUFFER)
+        system, path = _filesystem(location)
+        file = system.open(path, "rb", block_size=_REMOTE_BLOCK)
+    except (OSError, ValueError) as error:
+        raise _unreadable(location, error) from error
+    if not file.seekable() or file.size is None:
+        file.close()
+        raise DataError(f"The server of {shard_name(location)} does not send parts of a file; download the shard and name the file.")
+    return cast(BinaryIO, file)
+
+
+def read_range(location: str, start: int, size: int) -> bytes:
+    """The `size` bytes of a shard from byte `start` on.
+
+    Raises:
+        UsageError, DataError: as `open_shard`; also a shard that is shorter.
+    """
+    try:
+        if _is_remote(location):
+            system, path = _filesystem(location)
+            data = cast(bytes, system.cat_file(path, start=start, end=start + size)) if size else b""
+        else:
+            with Path(location).open("rb", buffering=0) as file:
+                file.seek(start)
+                data = file.read(size)
+    except (OSError, ValueError) as error:
+        raise _unreadable(location, error) from error
+    if len(data) != size:
+        raise DataError(
+            f"Shard {shard_name(location)} gave {len(data)} bytes from byte {start} on instead of {size}; it has changed, check it again."
+        )
+    return data
+
+
+def read_beside(location: str, suffix: str) -> bytes | None:
+    """The file that img2dataset wrote beside a shard (`00000.tar` and "_stats.json": `00000_stats.json`), None when there is none.
+
+    Raises:
+        UsageError, DataError: as `open_shard`.
+    """
+    head, query, tail = location.partition("?") if _is_remote(location) else (location, "", "")
+    beside = head.removesuffix(".tar") + suffix + query + tail
+    try:
+        if not _is_remote(location):
+            return Path(beside).read_bytes()
+        system, path = _filesystem(beside)
+        return cast(bytes, system.cat_file(path))
+    except (FileNotFoundError, PermissionError):  # object stores answer "forbidden" for what is not there
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(beside, error) from error
+
+
+def _is_remote(location: str) -> bool:
+    return location.partition("://")[0] in REMOTE_SCHEMES and "://" in location
+
+
+def _checked(spec: str) -> str:
+    if spec == "-":
+        raise UsageError("Shards are read in any order, so standard input (-) cannot be one; name files.")
+    match = _SCHEME.match(spec)
+    scheme = match[1].lower() if match is not None else ""
+    if scheme == "pipe":
+        raise UnsafeError(f"{spec!r} would run a command, which no shard name may; name files, or https:// and s3:// URLs.")
+    if scheme and (scheme not in ("file", *REMOTE_SCHEMES) or not spec[len(scheme) :].startswith("://") or "::" in spec):
+        raise UsageError(f"{spec!r} is not a kind of URL that is read; use file://, s3://, https:// or http://.")
+    if spec.count("{") > _MAX_BRACES:
+        raise UsageError(f"{spec[:60]!r}... has more than {_MAX_BRACES} brace groups; write fewer.")
+    if not scheme:
+        return spec
+    rest = spec[len(scheme) + 3 :]
+    return unquote("/" + rest.partition("/")[2]) if scheme == "file" else f"{scheme}://{rest}"
+
+
+def _braces(text: str) -> Iterator[str]:
+    """Each text that a brace pattern stands for, in the order of a shell."""
+    opening = text.find("{")
+    closing = _closing(text, opening)
+    if opening < 0 or closing < 0:
+        yield text
+        return
+    head, inner, tail = text[:opening], text[opening + 1 : closing], text[closing + 1 :]
+    match = _RANGE.fullmatch(inner)
+    parts = _split(inner)
+    if match is not None:
+        choices: Iterator[str] = _count(match[1], match[2])
+    elif len(parts) > 1:
+        choices = itertools.chain.from_iterable(_braces(part) for part in parts)
+    else:
+        choices = (f"{{{inside}}}" for inside in _braces(inner))
+    for choice in choices:
+        for rest in _braces(tail):
+            yield head + choice + rest
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for place in range(max(opening, 0), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return place
+    return -1
+
+
+def _split(inner: str) -> list[str]:
+    """Split at the commas that stand in no inner group."""
+    parts, depth = [""], 0
+    for letter in inner:
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _count(first: str, last: str) -> Iterator[str]:
+    padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    low, high = int(first), int(last)
+    return (f"{number:0{width}d}" for number in (range(low, high + 1) if low <= high else range(low, high - 1, -1)))
+
+
+def _found(name: str, spec: str) -> list[str]:
+    if _is_remote(name):
+        if not any(sign in name for sign in ("*" if name.startswith("http") else "*?[")):
+            return [name]
+        system, path = _filesystem(name)
+        try:
+            names = sorted(cast(list[str], system.glob(path)))
+        except (OSError, ValueError) as error:
+            raise _unreadable(name, error) from error
+        found = [str(system.unstrip_protocol(path)) for path in names if path.endswith(".tar")]
+    elif os.path.isdir(name):
+        raise UsageError(f"{name!r} is a folder; name its shards, for example {str(Path(name) / '*.tar')!r}.")
+    elif os.path.exists(name):
+        return [name]
+    elif glob.has_magic(name):
+        found = sorted(path for path in glob.glob(name, recursive=True) if path.endswith(".tar"))
+    else:
+        raise UsageError(f"Shard {name!r} is not there{'' if name == spec else f' (from {spec!r})'}; correct the name.")
+    if not found:
+        raise UsageError(f"No shard (.tar) matches {name!r}; correct the pattern.")
+    return found
+
+
+def _filesystem(location: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(location))
+    except ImportError as error:
+        raise UsageError(
+            f"{location.partition(':')[0]}:// needs a package that is not installed ({error}); run pip install 'tu-diffuse[remote]'."
+        ) from error
+
+
+def _unreadable(location: str, error: Exception) -> DataError | UsageError:
+    if isinstance(error, FileNotFoundError):
+        return UsageError(f"Shard {shard_name(location)} is not there; correct the name.")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    return DataError(f"Shard {shard_name(location)} cannot be read ({reason}); check access and connection, then run again.")
