@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ..errors import DataError, UsageError
 from .columns import Columns
@@ -65,21 +65,35 @@ class Filters:
 PRESETS = {"laion-aesthetic": Filters(language="en", max_unsafe=0.1, min_aesthetic=4.5)}
 
 
+def make_filters(preset: str | None = None, **limits: object) -> Filters:
+    """The filters of a preset, changed by every limit that is not None; limits are the attributes of `Filters`.
+
+    Raises:
+        UsageError: the preset is not known, or as `Filters`.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--filter {preset!r} is not known; use {', '.join(PRESETS)}, or the single filters such as --max-unsafe.")
+    given: dict[str, Any] = {name: limit for name, limit in limits.items() if limit is not None}
+    return replace(Filters() if preset is None else PRESETS[preset], **given)
+
+
 def drop_reasons(filters: Filters, columns: Columns) -> tuple[str, ...]:
     """Every reason for which a sample is dropped, in the order of `NAMES`: a name where the value fails, "NAME missing" where there is none."""
-    reasons: list[str] = []
-    for name in active(filters):
-        verdict = _passes(name, filters, columns)
-        if verdict is None and filters.missing == "drop":
-            reasons.append(f"{name} missing")
-        elif verdict is False:
-            reasons.append(name)
-    return tuple(reasons)
+    return tuple(
+        name if passes is False else f"{name} missing"
+        for name, passes in verdicts(filters, columns).items()
+        if passes is False or (passes is None and filters.missing == "drop")
+    )
 
 
 def drop_reason(filters: Filters, columns: Columns) -> str | None:
     """The first reason for which a sample is dropped, None when it is kept; see `drop_reasons`."""
     return next(iter(drop_reasons(filters, columns)), None)
+
+
+def verdicts(filters: Filters, columns: Columns) -> dict[str, bool | None]:
+    """Whether a sample passes each active filter, None where it lacks what the filter asks about."""
+    return {name: _passes(name, filters, columns) for name in active(filters)}
 
 
 def active(filters: Filters) -> tuple[str, ...]:
@@ -112,7 +126,6 @@ def check_filters(filters: Filters, columns: Sequence[Columns]) -> None:
 
 
 def _passes(name: str, filters: Filters, columns: Columns) -> bool | None:
-    """Whether a sample passes one active filter, None when it lacks what the filter asks about."""
     match name:
         case "language":
             return None if columns.language is None else columns.language == str(filters.language).lower()

@@ -110,39 +110,41 @@ def index_shards(
         reports.append(report)
         if progress is not None:
             progress(report)
-    return build_index(reports, skip_damaged=skip_damaged, max_lost=max_lost)
+    index = join_reports(reports)
+    accept(index, skip_damaged=skip_damaged, max_lost=max_lost)
+    return index
 
 
-def build_index(reports: Sequence[ShardReport], *, skip_damaged: bool = False, max_lost: float = MAX_LOST) -> ShardIndex:
-    """Join the reports of `check_shard`, in the order of their numbers; arguments and errors as of `index_shards`."""
-    damages = tuple(damage for report in reports for damage in report.damages)
-    first = "".join(describe(damage) for damage in damages[:1])
-    if damages and not skip_damaged:
-        more = f", and {len(damages) - 1} more places are damaged" if len(damages) > 1 else ""
-        raise DataError(f"{first}{more}; download what is damaged again, leave it out, or use --skip-damaged.")
-    skipped = _sum(report.skipped for report in reports)
-    seen = sum(report.runs for report in reports)
-    vanished = _total([_vanished(report, reports) for report in reports if report.damages])
-    if damages and max_lost < 1:
-        lost = sum(skipped.values()) + (vanished or 0)
-        if vanished is None or lost > max_lost * (seen + vanished):
-            how = "Nobody knows how many" if vanished is None else f"{lost} of {seen + vanished}"
-            raise DataError(
-                f"{how} samples are lost to {len(damages)} damaged places, more than the {max_lost:.2%} allowed, first: "
-                f"{first}; download the damaged shards again or leave them out."
-            )
-    samples = tuple(sample for report in reports for sample in report.samples)
-    if not samples:
-        raise DataError("No sample was found in the shards; give at least one .tar file with pictures and captions.")
+def join_reports(reports: Sequence[ShardReport]) -> ShardIndex:
+    """One index of the reports of `check_shard`, in the order of their numbers, whatever is damaged."""
     return ShardIndex(
         shards=tuple(report.location for report in reports),
-        samples=samples,
-        skipped=skipped,
+        samples=tuple(sample for report in reports for sample in report.samples),
+        skipped=_sum(report.skipped for report in reports),
         members=_sum(report.members for report in reports),
-        vanished=vanished,
-        damages=damages,
+        vanished=_total([_vanished(report, reports) for report in reports if report.damages]),
+        damages=tuple(damage for report in reports for damage in report.damages),
         notes=_notes(reports),
     )
+
+
+def accept(index: ShardIndex, *, skip_damaged: bool = False, max_lost: float = MAX_LOST) -> None:
+    """Refuse an index with too much damage; arguments and errors as of `index_shards`."""
+    first = "".join(describe(damage) for damage in index.damages[:1])
+    if first and not skip_damaged:
+        more = f", and {len(index.damages) - 1} more places are damaged" if len(index.damages) > 1 else ""
+        raise DataError(f"{first}{more}; download what is damaged again, leave it out, or use --skip-damaged.")
+    if first and max_lost < 1:
+        known = index.vanished or 0
+        lost, total = sum(index.skipped.values()) + known, len(index.samples) + sum(index.skipped.values()) + known
+        if index.vanished is None or lost > max_lost * total:
+            how = "Nobody knows how many" if index.vanished is None else f"{lost} of {total}"
+            raise DataError(
+                f"{how} samples are lost to {len(index.damages)} damaged places, more than the {max_lost:.2%} allowed, first: {first}; "
+                "download the damaged shards again or leave them out."
+            )
+    if not index.samples:
+        raise DataError("No whole sample was found in the shards; give at least one .tar file with pictures and captions.")
 
 
 def describe(damage: Damage) -> str:

@@ -11,7 +11,7 @@ import pytest
 from shard_sets import BLOCK, Placed, checksum_holds, encoded, flip, members_of, some_shard, tar_bytes
 from tu_diffuse.errors import DataError
 from tu_diffuse.training.shard_check import ShardReport, check_shard
-from tu_diffuse.training.shards import build_index, index_shards
+from tu_diffuse.training.shards import accept, join_reports
 
 Damaged = tuple[bytes, bool, set[str], int]  # the shard; is it damaged; keys that must come out; members that must be seen
 
@@ -88,7 +88,7 @@ def judge(kind: Callable[[random.Random], Damaged], seed: int, path: Path) -> bo
         assert (damage.shard, 0 <= damage.offset <= len(data)) == (str(path), True), where
     if damaged:
         with pytest.raises(DataError, match=r"damaged at byte \d+"):
-            build_index([report])
+            accept(join_reports([report]))
     return damaged
 
 

@@ -10,7 +10,7 @@ import pytest
 from shard_sets import FORMATS, encoded, members_of, tar_bytes, write
 from tu_diffuse.errors import DataError
 from tu_diffuse.training.shard_check import check_shard
-from tu_diffuse.training.shards import ShardIndex, build_index, index_shards, load_shards
+from tu_diffuse.training.shards import ShardIndex, accept, index_shards, join_reports, load_shards
 
 Members = list[tuple[str, bytes]]
 
@@ -99,7 +99,7 @@ def test_a_fault_has_its_name_and_costs_one_sample(tmp_path: Path, fault: str):
     (damage,) = found.damages
     assert damage.reason == reason
     assert damage.offset in [member.start for member in placed if member.key not in ("000000000", "000000002")]
-    with pytest.raises(DataError, match=f"a.tar is damaged at byte {damage.offset}, sample "):
+    with pytest.raises(DataError, match=rf"a\.tar is damaged at byte {damage.offset}, sample "):
         index(path, skip_damaged=False)
 
 
@@ -208,7 +208,7 @@ def test_stats_tell_how_many_samples_there_were(tmp_path: Path):
     short = index(path)
     assert short.vanished == 2
     assert short.damages[0].reason == "count"
-    with pytest.raises(DataError, match="holds 4 samples but its _stats.json counts 6"):
+    with pytest.raises(DataError, match=r"holds 4 samples but its _stats\.json counts 6"):
         index(path, skip_damaged=False)
 
 
@@ -266,13 +266,13 @@ def test_a_file_that_is_no_tar_is_damaged_from_the_start(tmp_path: Path, content
     report = check_shard(str(path))
     assert [(d.offset, len(report.samples)) for d in report.damages] == [(offset, 0)]
     with pytest.raises(DataError, match="damaged at byte 0"):
-        build_index([report])
+        accept(join_reports([report]))
 
 
 def test_an_empty_shard_is_no_damage_but_an_empty_set_is_an_error(tmp_path: Path):
     path = write(tmp_path / "a.tar", [])
     assert check_shard(str(path)).damages == ()
-    with pytest.raises(DataError, match="No sample was found"):
+    with pytest.raises(DataError, match="No whole sample was found"):
         index(path)
 
 
@@ -281,7 +281,7 @@ def test_a_shard_that_changed_after_indexing_is_an_error_of_the_picture(tmp_path
     found = index(path)
     path.write_bytes(path.read_bytes()[: found.samples[1].offset + 40] + bytes(9000))
     assert found.picture(0).shape == (8, 9, 3)
-    with pytest.raises(DataError, match=f"sample 000000001 in shard .*a.tar at byte {found.samples[1].offset} is damaged"):
+    with pytest.raises(DataError, match=rf"sample 000000001 in shard .*a.tar at byte {found.samples[1].offset} is damaged"):
         found.picture(1)
     path.write_bytes(b"")
     with pytest.raises(DataError, match="it has changed"):
