@@ -18,6 +18,7 @@ from .generate import generate
 from .info import info
 from .options import EXIT_CODES
 from .replay import replay
+from .shards import app as shards
 
 app = typer.Typer(
     name="tu-diffuse",
@@ -34,6 +35,7 @@ app.command(epilog=EXIT_CODES)(info)
 app.command(epilog=EXIT_CODES)(replay)
 app.command(epilog=EXIT_CODES)(doctor)
 app.add_typer(experts, name="experts")
+app.add_typer(shards, name="shards")
 
 
 def _print_version(wanted: bool) -> None:
