@@ -13,6 +13,7 @@ import typer
 from .. import __version__
 from ..errors import TuDiffuseError
 from .doctor import doctor
+from .finetune import finetune
 from .experts import app as experts
 from .generate import generate
 from .info import info
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EXIT_CODES)(generate)
+app.command(epilog=EXIT_CODES)(finetune)
 app.command(epilog=EXIT_CODES)(info)
 app.command(epilog=EXIT_CODES)(replay)
 app.command(epilog=EXIT_CODES)(doctor)

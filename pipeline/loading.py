@@ -77,12 +77,12 @@ def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto"
         UnsafeError: weights are there as pickles only.
         ModelError: weights are missing, damaged, or do not fit their config.
     """
-    place = _device(device)
+    place = choose_device(device)
     number = _dtype(dtype, place)
     if attention not in [backend.value for backend in AttentionBackend]:
         raise UsageError(f"--attention {attention!r} is not known; use one of {', '.join(AttentionBackend)}.")
     backend = AttentionBackend(attention)
-    codec, codec_fallbacks = _codec(folder, number, place, backend)
+    codec, codec_fallbacks = load_codec(folder, number, place, backend)
     experts, expert_fallbacks = _experts(folder, number, place, backend)
     return Model(
         folder=folder,
@@ -97,7 +97,12 @@ def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto"
     )
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of a name: "cpu", "cuda", "mps", or "auto", the fastest there is.
+
+    Raises:
+        UsageError: a name that is not known, or a device that is not there.
+    """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(device for device in ("cuda", "mps", "cpu") if there[device]))
@@ -169,7 +174,7 @@ def _conditioner(folder: ModelFolder, dtype: torch.dtype, device: torch.device, 
     return load_weights(without_storage(lambda: Conditioner(config, backend)), folder.path / "conditioner", dtype=dtype, device=device)
 
 
-def _codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[LatentCodec, tuple[str, ...]]:
+def load_codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[LatentCodec, tuple[str, ...]]:
     """The autoencoder, and the name of the fallback where the library computes it."""
     config = folder.configs["vae"]
     try:

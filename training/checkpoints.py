@@ -21,13 +21,18 @@ _PARTS = ("model", "average", "optimizer")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `step` steps: weights, their moving average, the optimizer's tensors by parameter name, and the run's config."""
+    """The state after `step` steps.
+
+    Trained weights, their moving average, the optimizer's tensors by parameter name, the run's config, and the scalars that wait for the next line
+    of the log.
+    """
 
     step: int
     model: dict[str, Tensor]
     average: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     config: Mapping[str, Any]
+    pending: Mapping[str, list[float]]
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
@@ -39,7 +44,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     for part in _PARTS:
         tensors: dict[str, Tensor] = getattr(checkpoint, part)
         save_file(_unshared(tensors), staged / f"{part}.safetensors")
-    (staged / "state.json").write_text(json.dumps({"step": checkpoint.step, "config": checkpoint.config}))
+    (staged / "state.json").write_text(json.dumps({"step": checkpoint.step, "config": checkpoint.config, "pending": checkpoint.pending}))
     hashes = {file.name: _sha256(file) for file in sorted(staged.iterdir())}
     (staged / "manifest.json").write_text(json.dumps(hashes))
     for file in staged.iterdir():
@@ -59,7 +64,7 @@ def load_newest(folder: Path, report: Callable[[str], None] | None = None) -> Ch
         if _is_whole(candidate):
             state = json.loads((candidate / "state.json").read_text())
             model, average, optimizer = (load_file(candidate / f"{part}.safetensors") for part in _PARTS)
-            return Checkpoint(state["step"], model, average, optimizer, state["config"])
+            return Checkpoint(state["step"], model, average, optimizer, state["config"], state.get("pending", {}))
         if report is not None:
             report(f"{candidate.name} is damaged and passed over")
     return None

@@ -131,7 +131,7 @@ def train(
         workers: the processes that train together; each one's `loss_at` sees its own share of the batch.
         identity: what else makes this run the one that it is (data, model), JSON-compatible; a checkpoint of another is refused.
         should_stop: asked after every step.
-        observe: called after every step with the number of steps taken and the weights that a result would have.
+        observe: called after every step with the number of steps taken and the trained weights that a result would have.
 
     Returns:
         A copy of `model` that holds the exponential moving average of its weights (the last weights with ema_decay None).
@@ -146,21 +146,21 @@ def train(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     described = {**asdict(config), "betas": list(config.betas), "identity": dict(identity or {})}
-    average = None if config.ema_decay is None else {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    average = None if config.ema_decay is None else {name: p.detach().clone() for name, p in parameters.items()}
     first = 0
     found = load_newest(folder, report)
     if found is not None:
         _check_same_run(found, config, described)
         first = found.step
-        model.load_state_dict(found.model)
+        model.load_state_dict(found.model, strict=False)
         if average is not None:
-            average = {name: tensor.to(average[name].device) for name, tensor in found.average.items()}
+            average = {name: found.average[name].to(tensor.device) for name, tensor in average.items()}
         _restore_optimizer(optimizer, parameters, found.optimizer)
     log = folder / "losses.jsonl"
     if workers.writes:
         keep_log_until(log, first)
         _wait_for_room(folder, parameters, average, config, report)
-    sums: dict[str, list[float]] = defaultdict(list)
+    sums: dict[str, list[float]] = defaultdict(list, {} if found is None else found.pending)
     started, bad, saved = time.monotonic(), 0, first
     for step in range(first, config.steps):
         for group in optimizer.param_groups:
@@ -180,7 +180,7 @@ def train(
             for name, value in (("loss", loss.item()), *others):
                 sums[name].append(value)
             if average is not None and config.ema_decay is not None:
-                update_average(average, model.state_dict(), min(config.ema_decay, (1 + step) / (10 + step)))
+                update_average(average, parameters, min(config.ema_decay, (1 + step) / (10 + step)))
         else:
             bad += 1
             report(f"step {step + 1}: the loss ({loss.item():g}) or its gradient is not finite; the step was skipped")
@@ -199,17 +199,14 @@ def train(
             started = time.monotonic()
         last = step + 1 == config.steps or stopping.item() > 0
         if workers.writes and (last or (step + 1) % config.save_every == 0):
-            _save(
-                folder,
-                Checkpoint(step + 1, dict(model.state_dict()), average or {}, _optimizer_state(optimizer, parameters), described),
-                config,
-                report,
-            )
+            weights = {name: p.detach() for name, p in parameters.items()}
+            state = _optimizer_state(optimizer, parameters)
+            _save(folder, Checkpoint(step + 1, weights, average or {}, state, described, dict(sums)), config, report)
         saved = step + 1 if last or (step + 1) % config.save_every == 0 else saved
-        observe(step + 1, model.state_dict() if average is None else average)
+        observe(step + 1, parameters if average is None else average)
         if stopping.item() > 0 and step + 1 < config.steps:
             raise InterruptedRunError(f"stopped after step {step + 1} of {config.steps}")
-    return _with_weights(model, model.state_dict() if average is None else average)
+    return _with_weights(model, average or {})
 
 
 def update_average(average: dict[str, Tensor], current: Mapping[str, Tensor], decay: float) -> None:
@@ -285,5 +282,5 @@ def _wait_for_room(
 
 def _with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     other = deepcopy(model)
-    other.load_state_dict(weights)
+    other.load_state_dict(weights, strict=False)
     return other.eval().requires_grad_(False)

@@ -1,0 +1,236 @@
+"""`tu-diffuse finetune`: LAION-style shards to a model."""
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from .options import Debug, Device, Json, Model
+
+if TYPE_CHECKING:
+    from ..training.finetune import Plan
+    from ..training.loop import Logged
+
+_NOT_OPTIONS = ("out", "config", "model", "dry_run", "device", "as_json", "debug")
+
+
+def finetune(
+    shards: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Shards: a file, 'laion/{00000..00099}.tar', 'laion/*.tar' or a URL; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; the same command again goes on where it stopped.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file whose keys are the names of these flags; a flag wins over it.")] = None,
+    model: Model = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step, of all processes together. [default: 4]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. [default: 1e-4]")] = None,
+    warmup: Annotated[int | None, typer.Option(help="First steps, over which the learning rate rises. [default: 0]")] = None,
+    cooldown: Annotated[int | None, typer.Option(help="Last steps, over which it falls to zero. [default: 0]")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches that make one step. [default: 1]")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: 500]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")] = None,
+    expert: Annotated[str | None, typer.Option(help="Train this expert only, on its own noise levels. [default: all]")] = None,
+    lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train low-rank adapters of the attention. [default: all weights]")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Scale of the adapters times their rank. [default: the rank]")] = None,
+    format: Annotated[str | None, typer.Option(help="Layout of the LoRA file: diffusers or kohya. [default: diffusers]")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side in pixels. [default: the model's]")] = None,
+    buckets: Annotated[bool | None, typer.Option("--buckets", help="Keep aspect ratios: batches of equal shape instead of square cuts.")] = None,
+    min_snr: Annotated[float | None, typer.Option(help="Gamma of the Min-SNR weights, usually 5. [default: none]")] = None,
+    noise_offset: Annotated[float | None, typer.Option(help="Noise shared by a whole channel. [default: 0]")] = None,
+    caption_dropout: Annotated[float | None, typer.Option(help="Chance that a sample loses its caption. [default: 0.1]")] = None,
+    clip_dropout: Annotated[float | None, typer.Option(help="Chance that it loses CLIP's text only. [default: 0]")] = None,
+    t5_dropout: Annotated[float | None, typer.Option(help="Chance that it loses T5's text only. [default: 0]")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of averaged weights, such as 0.999. [default: none kept]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [default: 0.01]")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Longer gradients are scaled down to it. [default: 1]")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 arithmetic; weights stay float32. [default: float32]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that read and decode; no effect on the result. [default: 2]")] = None,
+    skip_damaged: Annotated[bool | None, typer.Option("--skip-damaged", help="Leave damaged samples out, up to 1%.")] = None,
+    when_full: Annotated[str | None, typer.Option(help="stop or wait when the disk is full. [default: stop]")] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations. [default: at the end only]")] = None,
+    validation_share: Annotated[float | None, typer.Option(help="Share of the samples held out for the validation loss. [default: 0]")] = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Drawn at each validation with the whole model; may be repeated.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of PyTorch. [default: its own choice]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with time and memory from two steps, and stop.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model on LAION-style shards, as img2dataset writes them.
+
+    Run the same command again to go on after an interruption: the result is the same, bit for bit (float32, CPU). The result is OUT/model, an
+    ordinary model folder, and with --lora also OUT/pytorch_lora_weights.safetensors.
+
+    Examples:
+
+      tu-diffuse finetune --shards 'laion/{00000..00009}.tar' --out tuned --steps 2000 --lora 16
+
+      tu-diffuse finetune --config run.toml --out tuned --dry-run
+
+      accelerate launch --num-processes 2 -m tu_diffuse finetune --config run.toml --out tuned
+
+    With --json each line has an event: plan (samples, steps, options), step (step, steps, scalars, images_per_second, seconds_left), note (text),
+    done (model).
+    """
+    del debug  # read in main.py
+    given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+    if out is None:
+        raise UsageError("--out is missing; name the folder of the run.")
+
+    import torch
+
+    from ..pipeline.folder import open_folder
+    from ..pipeline.loading import choose_device
+    from ..training.config import make_config, read_toml
+    from ..training.finetune import finetune as run
+    from ..training.finetune import make_plan
+    from ..training.loop import InterruptedRunError
+    from ..training.shard_specs import expand
+    from ..training.shards import index_shards
+    from ..training.workers import join_workers
+
+    options = make_config({**({} if config is None else read_toml(config)), **{name: value for name, value in given.items() if value is not None}})
+    folder, place = open_folder(model), choose_device(device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    index = index_shards(expand(list(options.shards)), skip_damaged=options.skip_damaged)
+    plan = make_plan(options, folder, index, range(len(index.samples)))
+    workers = join_workers()
+    reporter = _Reporter(as_json, options.batch_size * options.accumulate, workers.writes)
+    reporter.plan(plan)
+    if dry_run:
+        reporter.say(_measured(plan, out, place))
+        return
+    stopped_by: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stopper(stopped_by))
+    try:
+        result = run(
+            plan,
+            out,
+            reporter,
+            workers=workers,
+            should_stop=lambda: bool(stopped_by),
+            draw_prompts=_drawer(plan, out, place),
+            device=place,
+        )
+    except InterruptedRunError as error:
+        reporter.say(f"{error}; run the same command again to go on")
+        raise typer.Exit(128 + stopped_by[0] if stopped_by else 1) from None
+    reporter.done(result)
+
+
+class _Reporter:
+    """Tells of progress: JSON lines on standard output, or text on standard error and the result's path on standard output."""
+
+    def __init__(self, as_json: bool, images_a_step: int, speaks: bool) -> None:
+        self._json, self._images, self._speaks = as_json, images_a_step, speaks
+
+    def __call__(self, event: "Logged | str") -> None:
+        if isinstance(event, str):
+            self.say(event)
+            return
+        speed, left = self._images / event.seconds_a_step, (event.steps - event.step) * event.seconds_a_step
+        if self._json:
+            self._print(
+                {
+                    "event": "step",
+                    "step": event.step,
+                    "steps": event.steps,
+                    "scalars": event.scalars,
+                    "images_per_second": round(speed, 2),
+                    "seconds_left": round(left, 1),
+                }
+            )
+        else:
+            losses = " ".join(f"{name} {value:.4f}" for name, value in event.scalars.items())
+            self.say(f"step {event.step}/{event.steps} {losses} {speed:.1f} images/s, {time.strftime('%H:%M:%S', time.gmtime(left))} left")
+
+    def plan(self, plan: "Plan") -> None:
+        """Say what will be done."""
+        if self._json:
+            options = dataclasses.asdict(plan.config)
+            facts = {"model": plan.folder.name, "samples": len(plan.trained), "held_out": len(plan.held_out), "steps": plan.config.steps}
+            self._print({"event": "plan", **facts, "skipped": dict(plan.index.skipped), "options": options})
+            return
+        epochs = plan.config.steps * plan.config.batch_size * plan.config.accumulate / len(plan.trained)
+        samples = f"{len(plan.trained)} samples ({len(plan.held_out)} held out)"
+        self.say(f"{samples}, {plan.config.steps} steps, {epochs:.1f} epochs, model {plan.folder.name}")
+        for note in plan.index.notes:
+            self.say(note)
+
+    def say(self, text: str) -> None:
+        """Say one line."""
+        if self._json:
+            self._print({"event": "note", "text": text})
+        elif self._speaks:
+            print(text, file=sys.stderr, flush=True)
+
+    def done(self, model: Path) -> None:
+        """Name the result."""
+        if self._json:
+            self._print({"event": "done", "model": str(model)})
+        elif self._speaks:
+            print(model, flush=True)
+
+    def _print(self, line: dict[str, Any]) -> None:
+        if self._speaks:
+            print(json.dumps(line), flush=True)
+
+
+def _stopper(stopped_by: list[int]) -> Any:
+    """A handler that asks the run to stop; a second signal stops it at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        if stopped_by:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stopped_by.append(number)
+
+    return handle
+
+
+def _drawer(plan: "Plan", out: Path, device: Any) -> Any:
+    """Draws the validation prompts, seeds 0, 1, ..., with a model folder; the pictures go to OUT/validation."""
+    from ..pipeline.folder import open_folder
+    from ..pipeline.loading import load_model
+    from ..pipeline.metadata import encode_picture
+    from ..pipeline.previews import to_image
+    from ..pipeline.request import resolve
+    from ..pipeline.text_to_image import Picture, text_to_image
+
+    def draw(folder: Path, step: int) -> None:
+        model = load_model(open_folder(folder), device=str(device))
+        for number, prompt in enumerate(plan.config.prompts):
+            for event in text_to_image(model, resolve(model.folder, prompt, [number])):
+                if isinstance(event, Picture):
+                    data = encode_picture(to_image(event.pixels), event.settings, "png")
+                    (out / "validation" / f"step{step:06d}-{number}.png").write_bytes(data)
+
+    return draw
+
+
+def _measured(plan: "Plan", out: Path, device: Any) -> str:
+    """Time and memory that the run will take, from two real steps in a temporary folder."""
+    import resource
+    import tempfile
+
+    from ..training.finetune import finetune as run
+    from ..training.loop import Logged
+
+    del out
+    two = dataclasses.replace(plan, config=dataclasses.replace(plan.config, steps=2, warmup=0, cooldown=0, validation_share=0.0, prompts=()))
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        run(two, Path(folder) / "run", lambda event: seconds.append(event.seconds_a_step) if isinstance(event, Logged) else None, device=device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    whole = time.strftime("%H:%M:%S", time.gmtime(seconds[-1] * plan.config.steps))
+    return f"expected: {seconds[-1]:.2f} s a step, {whole} in all, {peak:.0f} MiB of memory; nothing was written"
