@@ -5,6 +5,8 @@ import json
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ import typer
 
 from ..errors import UsageError
 from .options import Debug, Device, Json, Model
+from .shard_options import AestheticVersion, Aspect, Language, MaxUnsafe, MaxWatermark, MinAesthetic, MinSimilarity, MinSize, Missing, Preset
 
 if TYPE_CHECKING:
     from ..training.finetune import Plan
@@ -53,6 +56,16 @@ def finetune(
     precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 arithmetic; weights stay float32. [default: float32]")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read and decode; no effect on the result. [default: 2]")] = None,
     skip_damaged: Annotated[bool | None, typer.Option("--skip-damaged", help="Leave damaged samples out, up to 1%.")] = None,
+    preset: Preset = None,
+    language: Language = None,
+    max_unsafe: MaxUnsafe = None,
+    min_aesthetic: MinAesthetic = None,
+    aesthetic_version: AestheticVersion = None,
+    max_watermark: MaxWatermark = None,
+    min_similarity: MinSimilarity = None,
+    min_size: MinSize = None,
+    aspect: Aspect = None,
+    missing: Missing = None,
     when_full: Annotated[str | None, typer.Option(help="stop or wait when the disk is full. [default: stop]")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations. [default: at the end only]")] = None,
     validation_share: Annotated[float | None, typer.Option(help="Share of the samples held out for the validation loss. [default: 0]")] = None,
@@ -76,11 +89,12 @@ def finetune(
 
       accelerate launch --num-processes 2 -m tu_diffuse finetune --config run.toml --out tuned
 
-    With --json each line has an event: plan (samples, steps, options), step (step, steps, scalars, images_per_second, seconds_left), note (text),
-    done (model).
+    With --json each line has an event: plan (samples, skipped, filtered, options), step (step, steps, scalars, images_per_second, seconds_left),
+    note (text), done (model).
     """
     del debug  # read in main.py
     given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+    given["filter"] = given.pop("preset")
     if out is None:
         raise UsageError("--out is missing; name the folder of the run.")
 
@@ -88,7 +102,8 @@ def finetune(
 
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_device
-    from ..training.config import make_config, read_toml
+    from ..training.config import filters_of, make_config, read_toml
+    from ..training.filters import check_filters, drop_reason
     from ..training.finetune import finetune as run
     from ..training.finetune import make_plan
     from ..training.loop import InterruptedRunError
@@ -101,10 +116,13 @@ def finetune(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     index = index_shards(expand(list(options.shards)), skip_damaged=options.skip_damaged)
-    plan = make_plan(options, folder, index, range(len(index.samples)))
+    filters = filters_of(options)
+    check_filters(filters, [sample.columns for sample in index.samples])
+    reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
+    plan = make_plan(options, folder, index, [i for i, reason in enumerate(reasons) if reason is None])
     workers = join_workers()
     reporter = _Reporter(as_json, options.batch_size * options.accumulate, workers.writes)
-    reporter.plan(plan)
+    reporter.plan(plan, Counter(reason for reason in reasons if reason is not None))
     if dry_run:
         reporter.say(_measured(plan, out, place))
         return
@@ -153,16 +171,18 @@ class _Reporter:
             losses = " ".join(f"{name} {value:.4f}" for name, value in event.scalars.items())
             self.say(f"step {event.step}/{event.steps} {losses} {speed:.1f} images/s, {time.strftime('%H:%M:%S', time.gmtime(left))} left")
 
-    def plan(self, plan: "Plan") -> None:
-        """Say what will be done."""
+    def plan(self, plan: "Plan", filtered: Mapping[str, int]) -> None:
+        """Say what will be done; `filtered` are the samples that each filter dropped."""
         if self._json:
             options = dataclasses.asdict(plan.config)
             facts = {"model": plan.folder.name, "samples": len(plan.trained), "held_out": len(plan.held_out), "steps": plan.config.steps}
-            self._print({"event": "plan", **facts, "skipped": dict(plan.index.skipped), "options": options})
+            self._print({"event": "plan", **facts, "skipped": dict(plan.index.skipped), "filtered": dict(filtered), "options": options})
             return
         epochs = plan.config.steps * plan.config.batch_size * plan.config.accumulate / len(plan.trained)
         samples = f"{len(plan.trained)} samples ({len(plan.held_out)} held out)"
         self.say(f"{samples}, {plan.config.steps} steps, {epochs:.1f} epochs, model {plan.folder.name}")
+        for reason, count in filtered.items():
+            self.say(f"{count} samples are filtered out by {reason}")
         for note in plan.index.notes:
             self.say(note)
 

@@ -65,8 +65,8 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) 
 def batch_plan(bucket_of: Sequence[int], batch_size: int, seed: int) -> Iterator[tuple[int, ...]]:
     """Sample numbers of one batch after another, without end; every batch is of one bucket.
 
-    Each epoch visits every sample once, in an order of its own. A bucket's samples wait until they fill a batch, over the end of an epoch too, so none
-    is left out and none is repeated before the others had their turn.
+    Each epoch visits every sample once, in an order of its own. A bucket's samples wait until they fill a batch, over the end of an epoch too: none
+    is left out, and none is repeated before the others had their turn.
 
     Args:
         bucket_of: bucket of each sample.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
+from .filters import Filters, make_filters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class FinetuneConfig:
         precision: of the U-Net's arithmetic; weights stay float32.
         workers: threads that read and decode.
         skip_damaged: leave damaged samples out (up to 1%).
+        filter: preset of `filters.PRESETS`; the nine options after it are the attributes of `filters.Filters`, `aspect` as "low,high".
         when_full: "stop" or "wait" when the disk is full.
         validate_every: steps between validations; None validates at the end only.
         validation_share: share of the samples that is held out for the validation loss.
@@ -75,6 +77,16 @@ class FinetuneConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     workers: int = 2
     skip_damaged: bool = False
+    filter: str | None = None
+    language: str | None = None
+    max_unsafe: float | None = None
+    min_aesthetic: float | None = None
+    aesthetic_version: Literal["v1", "v2"] | None = None
+    max_watermark: float | None = None
+    min_similarity: float | None = None
+    min_size: int | None = None
+    aspect: str | None = None
+    missing: Literal["keep", "drop"] | None = None
     when_full: Literal["stop", "wait"] = "stop"
     validate_every: int | None = None
     validation_share: float = 0.0
@@ -176,6 +188,36 @@ def _check(config: FinetuneConfig) -> None:
         raise UsageError(f"--format {config.format} is the layout of a LoRA file; give a rank with --lora, or leave it out.")
     if config.validate_every is not None and not config.prompts and config.validation_share == 0:
         raise UsageError("--validate-every has nothing to do; give --prompts to draw or a --validation-share of the samples.")
+
+
+def filters_of(config: FinetuneConfig) -> Filters:
+    """The filters that the options ask for.
+
+    Raises:
+        UsageError: limits that `Filters` refuses.
+    """
+    return make_filters(
+        config.filter,
+        language=config.language,
+        max_unsafe=config.max_unsafe,
+        min_aesthetic=config.min_aesthetic,
+        aesthetic_version=config.aesthetic_version,
+        max_watermark=config.max_watermark,
+        min_similarity=config.min_similarity,
+        min_size=config.min_size,
+        aspect=_pair(config.aspect),
+        missing=config.missing,
+    )
+
+
+def _pair(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--aspect {text!r} is not two numbers; write for example 0.5,2.") from None
+    return low, high
 
 
 def _flag(name: str) -> str:

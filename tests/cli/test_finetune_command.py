@@ -141,6 +141,18 @@ def test_a_config_file_with_a_mistake_is_refused(
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_filters_leave_samples_out_and_are_counted(sd1_folder: Path, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*command(sd1_folder, shards, tmp_path / "out", "--steps", "1"), "--json"]
+    assert run([*arguments, "--min-size", "200"]) == 2  # the pictures are 128 pixels wide
+    assert "0 samples are left" in capsys.readouterr().err
+    assert run([*arguments, "--min-size", "100", "--aspect", "0.5,2"]) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert plan["samples"] == 24
+    assert plan["options"]["min_size"] == 100
+    assert run([*arguments, "--filter", "laion-aesthetic"]) == 4
+    assert "No sample has a column" in capsys.readouterr().err
+
+
 def test_a_damaged_shard_stops_before_training(sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_shard(tmp_path, 0, 12, STAGES["shapes"], 5, "png")
     data = bytearray(path.read_bytes())
