@@ -79,6 +79,39 @@ def fork(
 
 
 @app.command(epilog=EXIT_CODES)
+def compose(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Model folders, from high noise to low: the base before its refiner.")],
+    out: Out,
+    border_timestep: Annotated[list[float] | None, typer.Option(help="A border between two models, as a training timestep.")] = None,
+    border_sigma: Annotated[list[float] | None, typer.Option(help="A border between two models, as a noise level.")] = None,
+    link: Link = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make one ensemble of several models, each for the noise levels between two borders.
+
+    They have to be of one latent space and one noise schedule; their U-Nets and text encoders may differ. VAE and defaults are those of the first.
+
+    Examples:
+
+      tu-diffuse experts compose sdxl-base sdxl-refiner --border-timestep 200 --out sdxl
+
+      tu-diffuse experts compose layout general detail --border-timestep 800 --border-timestep 200 --out three
+
+    With --json one line: path, notes, and what `experts show` prints of the new folder.
+    """
+    del debug  # read in main.py
+    from ..pipeline.folder import open_folder
+    from ..training.composing import compose as compose_models
+    from ..training.forking import sigma_of
+
+    models = [open_folder(folder) for folder in folders]
+    borders = [*(sigma_of(models[0].noise, step) for step in border_timestep or ()), *(border_sigma or ())]
+    composed = compose_models(models, borders, out, link)
+    _print_new(out, as_json, notes=list(composed.notes))
+
+
+@app.command(epilog=EXIT_CODES)
 def merge(
     out: Out,
     folder: Folder = None,

@@ -63,6 +63,13 @@ _SAMPLERS = {
     "TCDScheduler": "lcm",
 }
 _ALLOWED = _NETWORKS | _NOT_LOADED | {("diffusers", name) for name in _SAMPLERS}
+TEXT_PARTS = {
+    "sd": ("text_encoder", "tokenizer"),
+    "sdxl": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    "sdxl-refiner": ("text_encoder_2", "tokenizer_2"),
+    "clip-t5": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner"),
+}
+"""The families of models, and the parts that each reads prompts with."""
 _PIPELINES = (
     "TuDiffusePipeline",
     "StableDiffusionPipeline",
@@ -142,6 +149,7 @@ def open_folder(path: Path | None) -> ModelFolder:
     configs = {name: read_json(folder / name / _config_name(name)) for name in parts if not name.startswith("tokenizer")}
     configs |= {name: read_json(bases[-1] / "config.json") for name, bases in chains.items()}
     family = _family(folder, parts)
+    _check_texts(folder, parts, experts)
     factor = _factor(configs["vae"])
     noise = NoiseSchedule.from_config(configs["scheduler"])
     return ModelFolder(
@@ -241,6 +249,21 @@ def _family(folder: Path, parts: Mapping[str, str]) -> str:
             return "sd"
         case _:
             raise ModelError(f"{folder.name!r} has the text encoders {encoders}; one CLIP, two CLIPs, or CLIP with T5 and a conditioner were wanted.")
+
+
+def _check_texts(folder: Path, parts: Mapping[str, str], experts: Sequence[ExpertEntry]) -> None:
+    """Experts that read prompts in their own way name a family, and components of its classes."""
+    for entry in experts:
+        if entry.text is None:
+            continue
+        wanted, named = TEXT_PARTS.get(entry.text.family, ()), entry.text.parts
+        if not wanted or set(named) != set(wanted) or any(component not in parts for component in named.values()):
+            raise ModelError(
+                f"experts.json of {folder.name!r} lets {entry.name!r} read prompts as {entry.text.family!r:.100} with {dict(named)!r:.300}; one of "
+                f"{', '.join(TEXT_PARTS)} with components that model_index.json names was wanted."
+            )
+        if _family(folder, {part: parts[component] for part, component in named.items()}) != entry.text.family:
+            raise ModelError(f"experts.json of {folder.name!r} gives {entry.name!r} components of other classes than {entry.text.family} has.")
 
 
 def _factor(vae: Mapping[str, Any]) -> int:

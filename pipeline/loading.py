@@ -4,7 +4,7 @@ Networks are laid out without storage and filled from memory-mapped safetensors,
 architecture is not covered by our networks, the library's class takes its place behind the same contract (`library.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
 from ..text_encoders.tokenizer import load_tokenizer
 from ..unet.config import UNetConfig
 from ..unet.deltas import chain, own_files
+from ..unet.experts import ExpertText
 from ..unet.residency import ExpertPool, expert_pool
 from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
@@ -35,6 +36,9 @@ AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is
 TextParts = ClipPart | ClipT5Part | tuple[ClipPart | None, ClipPart]
 """SD's tower; CLIP, T5 and their join; or SDXL's two towers (its refiner has only the second)."""
 
+Encode = Callable[[str, str, int, int], tuple[Encoded, Encoded]]
+"""(prompt, negative, width, height) to the two prompts, encoded."""
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -43,6 +47,7 @@ class Model:
     Attributes:
         folder: what it was loaded from.
         encode: (prompt, negative, width, height) -> the prompt and the negative prompt, encoded to one row each.
+        encoders: the same for experts that read prompts in their own way, by the expert's name.
         experts: the pool of experts; `table(timestep_at)` is the denoiser of one run.
         codec: latents to pixels and back.
         channels: of the latents.
@@ -53,7 +58,8 @@ class Model:
     """
 
     folder: ModelFolder
-    encode: Callable[[str, str, int, int], tuple[Encoded, Encoded]]
+    encode: Encode
+    encoders: Mapping[str, Encode]
     experts: ExpertPool
     codec: LatentCodec
     channels: int
@@ -84,9 +90,11 @@ def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto"
     backend = AttentionBackend(attention)
     codec, codec_fallbacks = load_codec(folder, number, place, backend)
     experts, expert_fallbacks = _experts(folder, number, place, backend)
+    encode, encoders = _encoders(folder, number, place, backend)
     return Model(
         folder=folder,
-        encode=_encoder(folder, number, place, backend),
+        encode=encode,
+        encoders=encoders,
         experts=experts,
         codec=codec,
         channels=int(folder.configs["unet"].get("in_channels", 4)),
@@ -121,30 +129,80 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def load_text(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> TextParts:
-    """Load the text encoders of a model, as its family has them."""
+def load_text(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: AttentionBackend,
+    text: ExpertText | None = None,
+    towers: dict[str, ClipPart] | None = None,
+) -> TextParts:
+    """Load the text encoders of a model, as its family has them.
+
+    Args:
+        folder: the model.
+        dtype: of the weights.
+        device: where they go.
+        backend: attention kernel.
+        text: of an expert that reads prompts in its own way; None for the model's.
+        towers: CLIP towers by component, which several readings share; those that are loaded here are added.
+    """
+    family = folder.family if text is None else text.family
+    known = {} if towers is None else towers
+
+    def component(part: str) -> str:
+        return part if text is None else text.parts[part]
 
     def clip(part: str) -> ClipPart:
-        config = CLIPTextConfig.from_dict(folder.configs[part])
-        projection = folder.parts[part] == "CLIPTextModelWithProjection"
-        tower = without_storage(lambda: CLIPText(config, projection, backend))
-        tokenizer = load_tokenizer(folder.path / part.replace("text_encoder", "tokenizer"))
-        return ClipPart(tokenizer, load_weights(tower, folder.path / part, "model", dtype, device, convert=clip_state_dict))
+        name = component(part)
+        if name not in known:
+            config = CLIPTextConfig.from_dict(folder.configs[name])
+            projection = folder.parts[name] == "CLIPTextModelWithProjection"
+            tower = without_storage(lambda: CLIPText(config, projection, backend))
+            tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
+            known[name] = ClipPart(tokenizer, load_weights(tower, folder.path / name, "model", dtype, device, convert=clip_state_dict))
+        return known[name]
 
-    match folder.family:
+    def t5() -> T5Part:
+        name = component("text_encoder_2")
+        config = T5Config.from_dict(folder.configs[name])
+        encoder = without_storage(lambda: T5Encoder(config, backend))
+        tokenizer = load_tokenizer(folder.path / component("tokenizer_2"))
+        return T5Part(tokenizer, load_weights(encoder, folder.path / name, "model", dtype, device, convert=t5_state_dict))
+
+    def conditioner() -> Conditioner:
+        name = component("conditioner")
+        config = ConditionerConfig.from_dict(folder.configs[name])
+        return load_weights(without_storage(lambda: Conditioner(config, backend)), folder.path / name, dtype=dtype, device=device)
+
+    match family:
         case "sd":
             return clip("text_encoder")
         case "clip-t5":
-            return ClipT5Part(clip("text_encoder"), _t5(folder, dtype, device, backend), _conditioner(folder, dtype, device, backend))
+            return ClipT5Part(clip("text_encoder"), t5(), conditioner())
+        case "sdxl-refiner":
+            return None, clip("text_encoder_2")
         case _:
-            return clip("text_encoder") if "text_encoder" in folder.parts else None, clip("text_encoder_2")
+            return clip("text_encoder"), clip("text_encoder_2")
 
 
-def _encoder(
-    folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend
-) -> Callable[[str, str, int, int], tuple[Encoded, Encoded]]:
-    """Load the text encoders and return the function that encodes a prompt and its negative."""
-    parts = load_text(folder, dtype, device, backend)
+def _encoders(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[Encode, dict[str, Encode]]:
+    """The model's way of reading prompts, and those of experts that have their own; experts that read alike get the same function."""
+    towers: dict[str, ClipPart] = {}
+    own: dict[str, Encode] = {}
+    readings: list[tuple[ExpertText, Encode]] = []
+    for entry in folder.experts:
+        if entry.text is not None:
+            encode = next((encode for text, encode in readings if text == entry.text), None)
+            if encode is None:
+                encode = _encoder(load_text(folder, dtype, device, backend, entry.text, towers), entry.text.zero_negative)
+                readings.append((entry.text, encode))
+            own[entry.name] = encode
+    return _encoder(load_text(folder, dtype, device, backend, towers=towers), folder.zero_negative), own
+
+
+def _encoder(parts: TextParts, zero_negative: bool) -> Encode:
+    """The function that encodes a prompt and its negative."""
     if isinstance(parts, ClipPart):
         return lambda prompt, negative, width, height: (encode_sd([prompt], parts), encode_sd([negative], parts))  # noqa: ARG005
     if isinstance(parts, ClipT5Part):
@@ -154,24 +212,12 @@ def _encoder(
     def encode(text: str, score: float, width: int, height: int) -> Encoded:
         told = [score] if first is None else [height, width]
         prompt = None if text == "" else text
-        return encode_sdxl([prompt], first, second, [height, width, 0, 0, *told], force_zeros_for_empty_prompt=folder.zero_negative)
+        return encode_sdxl([prompt], first, second, [height, width, 0, 0, *told], force_zeros_for_empty_prompt=zero_negative)
 
     return lambda prompt, negative, width, height: (
         encode(prompt, AESTHETIC_SCORE, width, height),
         encode(negative, NEGATIVE_AESTHETIC_SCORE, width, height),
     )
-
-
-def _t5(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> T5Part:
-    config = T5Config.from_dict(folder.configs["text_encoder_2"])
-    encoder = without_storage(lambda: T5Encoder(config, backend))
-    tokenizer = load_tokenizer(folder.path / "tokenizer_2")
-    return T5Part(tokenizer, load_weights(encoder, folder.path / "text_encoder_2", "model", dtype, device, convert=t5_state_dict))
-
-
-def _conditioner(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> Conditioner:
-    config = ConditionerConfig.from_dict(folder.configs["conditioner"])
-    return load_weights(without_storage(lambda: Conditioner(config, backend)), folder.path / "conditioner", dtype=dtype, device=device)
 
 
 def load_codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[LatentCodec, tuple[str, ...]]:

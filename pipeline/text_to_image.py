@@ -5,7 +5,7 @@
 Each line of it leads to one folder: text_encoders/, seeds.py, schedulers/, unet/, vae/.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from ..errors import RenderError, UsageError
 from ..schedulers.guidance import Apg, Guidance, GuidedDenoiser, expert_scale
 from ..schedulers.registry import sampler_info
 from ..schedulers.schedules import make_schedule
+from ..unet.experts import ExpertTable
 from ..vae.codec import to_uint8
-from .loading import Model
+from .loading import Encode, Model
 from .request import Request
 from .seeds import draw, noise_source, streams
 
@@ -75,10 +76,9 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
         UsageError: words that do not fit the text encoders, in a strict request.
         RenderError: a picture whose values are not finite; raised after the others of the batch were yielded.
     """
-    # Encode: the prompt becomes tokens and a pooled vector.
-    prompt, negative = model.encode(request.prompt, request.negative, request.width, request.height)
-    truncated = _truncated(prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}, request.strict)
-    conditioning = _rows(prompt.conditioning, len(request.seeds))
+    # Encode: the prompt becomes tokens and a pooled vector; experts of different makes, as SDXL's base and refiner, read it each in its own way.
+    told = _encode(model, request)
+    truncated = _truncated({name: words for one in told.values() for name, words in one.overflow.items()}, request.strict)
 
     # Noise: each picture draws from its own stream.
     generators = streams(request.seeds)
@@ -92,11 +92,7 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
 
     # Denoise: the sampler asks the guided experts, one step after the other.
     experts = model.experts.table(schedule.timestep_at)
-    guided = GuidedDenoiser(experts, _guidance(model, request), negative.conditioning)
-
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return guided(x, sigma, conditioning)
-
+    denoise = _guided(experts, _guidance(model, request), told)
     steps = sampler.function(
         denoise,
         noise * schedule.initial_scale,
@@ -173,6 +169,37 @@ def _guidance(model: Model, request: Request) -> Guidance:
         apg=Apg() if request.apg else None,
         threshold=request.dynamic_threshold,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """What an expert is told of a batch: the prompt, a row for each picture, and the negative prompt, one row."""
+
+    prompt: Conditioning
+    negative: Conditioning
+    overflow: dict[str, str]
+
+
+def _encode(model: Model, request: Request) -> dict[str, _Told]:
+    """What each expert is told; the same object for those that read prompts alike."""
+    readers = {entry.name: model.encoders.get(entry.name, model.encode) for entry in model.folder.experts}
+    told: dict[Encode, _Told] = {}
+    for encode in dict.fromkeys(readers.values()):
+        prompt, negative = encode(request.prompt, request.negative, request.width, request.height)
+        overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
+        told[encode] = _Told(_rows(prompt.conditioning, len(request.seeds)), negative.conditioning, overflow)
+    return {name: told[encode] for name, encode in readers.items()}
+
+
+def _guided(experts: ExpertTable, guidance: Guidance, told: Mapping[str, _Told]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The denoiser of a run, for batches of one noise level: the expert that owns it, guided by what that expert is told."""
+    guided = {said: GuidedDenoiser(experts, guidance, said.negative) for said in told.values()}
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        said = told[experts.expert_for(float(sigma[0])).name]
+        return guided[said](x, sigma, said.prompt)
+
+    return denoise
 
 
 def _rows(one: Conditioning, count: int) -> Conditioning:

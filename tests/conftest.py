@@ -32,6 +32,13 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def refiner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import refiner_folder
+
+    return _made(tmp_path_factory, "tiny-refiner", refiner_folder)
+
+
+@pytest.fixture(scope="session")
 def ensemble_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import ensemble_folder
 

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -134,6 +142,31 @@ def sdxl_folder(folder: Path) -> Path:
         tokenizer_2=tokenizer,
         unet=noise_predicting(randomised(unet, 3)),
         scheduler=EulerDiscreteScheduler(**_SCHEDULER, timestep_spacing="leading"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def refiner_folder(folder: Path) -> Path:
+    """SDXL's refiner in miniature: only the second CLIP of `sdxl_folder`, a U-Net of other widths, an aesthetic score among the size ids."""
+    unet = UNet2DConditionModel(
+        **_UNET | {"block_out_channels": (24, 32)},
+        cross_attention_dim=24,
+        attention_head_dim=(3, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 5 * 8,
+    )
+    StableDiffusionXLImg2ImgPipeline(
+        vae=randomised(AutoencoderKL(**_VAE, scaling_factor=0.13025), 1),
+        text_encoder=None,
+        text_encoder_2=randomised(CLIPTextModelWithProjection(clip_config(24, "gelu")), 4),
+        tokenizer=None,
+        tokenizer_2=clip_tokenizer(folder.with_name(folder.name + "-tokenizer")),
+        unet=noise_predicting(randomised(unet, 8)),
+        scheduler=EulerDiscreteScheduler(**_SCHEDULER, timestep_spacing="leading"),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
     ).save_pretrained(folder)
     return folder
 

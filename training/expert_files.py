@@ -1,5 +1,6 @@
 """Writing a model folder with other experts than the one it is made from: staged beside its place, synced, and given its name in one step."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -7,50 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import OutputError, UsageError
-from ..schedulers.noise import NoiseSchedule
-from ..unet.deltas import LORA, TENSORS, chain, check_hashes, expert_sha256, read_delta, read_expert, write_delta
+from ..pipeline.folder import TEXT_PARTS, ModelFolder
+from ..unet.deltas import LORA, TENSORS, chain, check_hashes, differing, expert_sha256, read_delta, read_expert, write_delta
 from ..unet.experts import ExpertEntry, write_experts
 from ..unet.lora import read_lora, with_lora
 from ..weights import read_json
 
 _COPIED = (".json", ".txt", ".model", ".safetensors", ".md")
 WHOLE = "diffusion_pytorch_model.safetensors"
-
-
-class ModelFiles(Protocol):
-    """What is needed of a model folder; `pipeline.folder.ModelFolder` is one."""
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        ...
-
-    @property
-    def configs(self) -> Mapping[str, Mapping[str, Any]]:
-        """Component or expert's subfolder -> its JSON config."""
-        ...
-
-    @property
-    def experts(self) -> tuple[ExpertEntry, ...]:
-        """From low to high noise."""
-        ...
-
-    @property
-    def noise(self) -> NoiseSchedule:
-        """The training schedule."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,13 +42,21 @@ class OnBase:
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """All tensors, with the config.json of an expert's folder."""
+    """All tensors, with the config.json of an expert's folder or its bases."""
 
     folder: Path
     tensors: Mapping[str, Tensor]
 
 
 Weights = Kept | OnBase | Whole
+
+
+@dataclass(frozen=True, eq=False)
+class Component:
+    """A part of another model folder that is added: its folder, and its (library, class) in `model_index.json`."""
+
+    folder: Path
+    kind: tuple[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +67,9 @@ class Draft:
     weights: Weights
 
 
-def write_model(model: ModelFiles, drafts: Sequence[Draft], out: Path, link: bool = False) -> tuple[ExpertEntry, ...]:
+def write_model(
+    model: ModelFolder, drafts: Sequence[Draft], out: Path, link: bool = False, added: Mapping[str, Component] | None = None
+) -> tuple[ExpertEntry, ...]:
     """Write a model folder: the parts of `model`, and experts.
 
     `unet/`, which every model folder has, holds the weights of some expert or base; where none of them lies there, the expert of the highest noise
@@ -99,6 +80,7 @@ def write_model(model: ModelFiles, drafts: Sequence[Draft], out: Path, link: boo
         drafts: the experts, in any order.
         out: the new folder; must not exist.
         link: hard links instead of copies of files that stay the same.
+        added: components that experts read prompts with and `model` does not have, by name.
 
     Returns:
         The experts as written, from low to high noise.
@@ -108,16 +90,20 @@ def write_model(model: ModelFiles, drafts: Sequence[Draft], out: Path, link: boo
         OutputError: a file could not be written.
         ModelError: the intervals leave a gap or overlap.
     """
-    ordered = sorted(drafts, key=lambda draft: draft.entry.sigma_min)
-    first = ordered[0].entry
-    plain = len(ordered) == 1 and first.guidance is None
-    highest = ordered[-1]
-    if plain or not any(model.path / "unet" in _sources(draft.weights) for draft in ordered):
-        ordered[-1] = replace(highest, entry=replace(highest.entry, subfolder="unet"), weights=_stand_alone(highest.weights))
+    unet = model.path / "unet"
+    ordered = sorted((_at(draft, "unet") if draft.weights == Kept(unet) else draft for draft in drafts), key=lambda draft: draft.entry.sigma_min)
+    first, highest = ordered[0].entry, ordered[-1]
+    plain = len(ordered) == 1 and first.guidance is None and first.text is None
+    if plain or not any(unet in _sources(draft.weights) for draft in ordered):
+        ordered[-1] = _at(replace(highest, weights=_stand_alone(highest.weights)), "unet")
+    # Text encoders that only experts had which are gone now.
+    gone = components(model.experts) - components([draft.entry for draft in ordered]) - set(TEXT_PARTS[model.family])
     with staged_folder(out) as staged:
         copy = _linked if link else shutil.copyfile
-        copy_parts(model.path, staged, copy)
+        _copy_parts(model.path, staged, copy, {} if added is None else added, gone)
         store = _Store(staged, ordered, copy)
+        if any(unet in _sources(draft.weights) for draft in ordered):
+            store.copied(unet)  # before an equal network of another model, so that it keeps its name
         entries: list[ExpertEntry] = []
         for draft in ordered:
             folder = store.write(draft)
@@ -154,15 +140,26 @@ def staged_folder(out: Path) -> Generator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def copy_parts(source: Path, target: Path, copy: Callable[[Path, Path], object] = shutil.copyfile) -> None:
-    """Copy a model folder without its U-Nets: files of its own, and the folders that `model_index.json` names."""
-    parts = [name for name, value in read_json(source / "model_index.json").items() if isinstance(value, list) and name != "unet"]
-    for folder in [source, *(source / part for part in parts if (source / part).is_dir())]:
-        copy_folder(folder, target / folder.relative_to(source), copy)
+def components(entries: Sequence[ExpertEntry]) -> set[str]:
+    """Names of the components that experts of their own reading read prompts with."""
+    return {component for entry in entries if entry.text is not None for component in entry.text.parts.values()}
+
+
+def _copy_parts(source: Path, target: Path, copy: Callable[[Path, Path], object], added: Mapping[str, Component], gone: set[str]) -> None:
+    """Copy a model folder without its U-Nets: files of its own, and the components that `model_index.json` names, but for those that are gone."""
+    index = {name: value for name, value in read_json(source / "model_index.json").items() if name not in gone}
+    parts = {name: source / name for name, value in index.items() if isinstance(value, list) and name != "unet" and (source / name).is_dir()}
+    copy_folder(source, target, copy)
     (target / "experts.json").unlink(missing_ok=True)
+    for name, folder in {**parts, **{name: component.folder for name, component in added.items()}}.items():
+        copy_folder(folder, target / name, copy)
+    if added or gone:
+        (target / "model_index.json").unlink()  # it may be a link
+        index |= {name: list(component.kind) for name, component in added.items()}
+        (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_folder(source: Path, target: Path, copy: Callable[[Path, Path], object] = shutil.copyfile) -> None:
+def copy_folder(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
     """Copy the files of a folder that a model is made of, not its subfolders."""
     target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir()):
@@ -170,7 +167,13 @@ def copy_folder(source: Path, target: Path, copy: Callable[[Path, Path], object]
             copy(path, target / path.name)
 
 
-def verified(model: ModelFiles) -> None:
+def weights_for(folder: Path, tensors: Mapping[str, Tensor]) -> Weights:
+    """New weights of an expert, stored as it is stored: what differs from its base if it is a delta, else whole."""
+    own, *bases = chain(folder)
+    return OnBase(bases[0], differing(tensors, state_of(Kept(bases[0])))) if bases else Whole(own, tensors)
+
+
+def verified(model: ModelFolder) -> None:
     """Check every expert and base against its recorded hash, so that nothing is built on damaged weights.
 
     Raises:
@@ -199,13 +202,17 @@ def state_of(weights: Weights) -> Mapping[str, Tensor]:
             return tensors
 
 
+def _at(draft: Draft, subfolder: str) -> Draft:
+    return replace(draft, entry=replace(draft.entry, subfolder=subfolder))
+
+
 def _stand_alone(weights: Weights) -> Weights:
     """The same weights without a base."""
     match weights:
         case OnBase(base):
-            return Whole(chain(base)[-1], state_of(weights))
+            return Whole(base, state_of(weights))
         case Kept(folder) if len(chain(folder)) > 1:
-            return Whole(chain(folder)[-1], state_of(weights))
+            return Whole(folder, state_of(weights))
         case _:
             return weights
 
@@ -228,40 +235,59 @@ class _Store:
         self._wanted = {draft.weights.folder: draft.entry.subfolder for draft in drafts if isinstance(draft.weights, Kept)}
         self._reserved = {draft.entry.subfolder for draft in drafts}
         self._copies: dict[Path, Path] = {}
+        self._wholes: dict[tuple[str, bytes], Path] = {}
 
     def write(self, draft: Draft) -> Path:
         """Write an expert's weights and give their folder."""
-        folder = self._staged / draft.entry.subfolder
         match draft.weights:
             case Kept(source):
-                return self._copied(source)
+                return self.copied(source)
             case OnBase(base, tensors, lora):
-                write_delta(folder, self._copied(base), tensors)
+                on = self.copied(base)
+                folder = self._free(draft.entry.subfolder, set(self._wanted.values()))
+                write_delta(folder, on, tensors)
                 if lora is not None:
                     shutil.copyfile(lora, folder / LORA)
             case Whole(source, tensors):
+                folder = self._free(draft.entry.subfolder, set(self._wanted.values()))
                 folder.mkdir()
-                self._copy(source / "config.json", folder / "config.json")
+                self._copy(chain(source)[-1] / "config.json", folder / "config.json")
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WHOLE, metadata={"format": "pt"})
         return folder
 
-    def _copied(self, source: Path) -> Path:
+    def copied(self, source: Path) -> Path:
+        """Copy an expert's folder and its bases, unless that was done, and give its copy."""
         if source not in self._copies:
             delta = read_delta(source)
-            base = None if delta is None else self._copied(source.parent / delta.base)
-            folder = self._copies[source] = self._staged / (self._wanted[source] if source in self._wanted else self._free(source.name))
-            if base is None:
-                copy_folder(source, folder, self._copy)
-            else:
-                write_delta(folder, base, {})  # its base may have another name here
-                for name in (TENSORS, LORA):
-                    if (source / name).exists():
-                        self._copy(source / name, folder / name)
+            self._copies[source] = self._copied_whole(source) if delta is None else self._copied_delta(source, source.parent / delta.base)
         return self._copies[source]
 
-    def _free(self, name: str) -> str:
+    def _copied_whole(self, source: Path) -> Path:
+        """Copy, unless another model had the very same network."""
+        content = (expert_sha256(source), (source / "config.json").read_bytes())
+        twin = self._wholes.get(content)
+        if twin is not None and twin.parent != source.parent:
+            return self._copies[twin]
+        self._wholes[content] = source
+        folder = self._named(source)
+        copy_folder(source, folder, self._copy)
+        return folder
+
+    def _copied_delta(self, source: Path, base: Path) -> Path:
+        on = self.copied(base)
+        folder = self._named(source)
+        write_delta(folder, on, {})  # its base may have another name here
+        for name in (TENSORS, LORA):
+            if (source / name).exists():
+                self._copy(source / name, folder / name)
+        return folder
+
+    def _named(self, source: Path) -> Path:
+        return self._staged / self._wanted[source] if source in self._wanted else self._free(source.name, self._reserved)
+
+    def _free(self, name: str, reserved: set[str]) -> Path:
         names = (name if number == 1 else f"{name}_{number}" for number in count(1))
-        return next(free for free in names if free not in self._reserved and not (self._staged / free).exists())
+        return next(self._staged / free for free in names if free not in reserved and not (self._staged / free).exists())
 
 
 def _linked(source: Path, target: Path) -> None:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, UsageError
+from ..pipeline.folder import ModelFolder
 from ..schedulers.noise import NoiseSchedule
 from ..unet.config import UNetConfig
 from ..unet.deltas import chain, differing
 from ..unet.experts import ExpertEntry
-from .expert_files import Draft, Kept, ModelFiles, OnBase, Weights, Whole, state_of, verified, write_model
-
-_ROUNDING = 1e-6  # of a timestep: sigma of a whole timestep and back differs from it by less
+from .expert_files import Draft, Kept, OnBase, Weights, Whole, state_of, verified, weights_for, write_model
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Merged:
 
 
 def fork(
-    model: ModelFiles, borders: Sequence[float], out: Path, *, expert: str | None = None, whole: bool = False, link: bool = False
+    model: ModelFolder, borders: Sequence[float], out: Path, *, expert: str | None = None, whole: bool = False, link: bool = False
 ) -> tuple[ExpertEntry, ...]:
     """Split an expert at noise levels; each child owns a part of its interval and begins with its weights.
 
@@ -71,12 +70,12 @@ def fork(
     for low, high in pairwise([parent.sigma_min, *sorted(set(borders)), parent.sigma_max]):
         name = interval_name(model.noise, low, high)
         child = replace(parent, name=name, subfolder=f"unet_{name}", sigma_min=low, sigma_max=high, parent=parent.name)
-        drafts.append(Draft(child, Whole(chain(source)[-1], state_of(Kept(source))) if whole else OnBase(source, {})))
+        drafts.append(Draft(child, Whole(source, state_of(Kept(source))) if whole else OnBase(source, {})))
     entries = write_model(model, drafts, out, link)
     return tuple(entry for entry in entries if parent.sigma_min <= entry.sigma_min < parent.sigma_max)
 
 
-def merge(model: ModelFiles, out: Path, *, experts: Sequence[str] = (), shares: Mapping[str, float] | None = None, link: bool = False) -> Merged:
+def merge(model: ModelFolder, out: Path, *, experts: Sequence[str] = (), shares: Mapping[str, float] | None = None, link: bool = False) -> Merged:
     """Make one expert of several: parent + Σ share · (child − parent), the weighted task vectors (Ilharco et al. 2022, arXiv 2212.04089).
 
     The parent is the nearest base that all of them are deltas of. Without one the children are averaged, with the shares scaled to a sum of 1;
@@ -96,7 +95,7 @@ def merge(model: ModelFiles, out: Path, *, experts: Sequence[str] = (), shares: 
     """
     children = _neighbours(model, experts)
     if any(not _alike(model, children[0], child) for child in children):
-        raise ModelError(f"The experts {_names(children)} are not of one architecture; only those that are can be merged.")
+        raise ModelError(f"The experts {_names(children)} differ in architecture or in how they read prompts; only equal ones can be merged.")
     verified(model)
     parent = _common_base([model.path / child.subfolder for child in children])
     weights = _shares(model.noise, children, shares, scaled=parent is None)
@@ -106,8 +105,8 @@ def merge(model: ModelFiles, out: Path, *, experts: Sequence[str] = (), shares: 
     low, high = children[0].sigma_min, children[-1].sigma_max
     name = interval_name(model.noise, low, high)
     guidance = children[0].guidance if len({child.guidance for child in children}) == 1 else None
-    entry = ExpertEntry(name, f"unet_{name}", low, high, guidance)
-    stored: Weights = Whole(chain(model.path / children[0].subfolder)[-1], state)
+    entry = ExpertEntry(name, f"unet_{name}", low, high, guidance, text=children[0].text)
+    stored: Weights = Whole(model.path / children[0].subfolder, state)
     if parent is not None and origin is not None:
         own = differing(state, origin)
         stored = OnBase(parent, own) if own else Kept(parent)
@@ -116,7 +115,7 @@ def merge(model: ModelFiles, out: Path, *, experts: Sequence[str] = (), shares: 
     return Merged(written, weights, None if parent is None else parent.name)
 
 
-def drop(model: ModelFiles, expert: str, out: Path, *, heir: str, link: bool = False) -> ExpertEntry:
+def drop(model: ModelFolder, expert: str, out: Path, *, heir: str, link: bool = False) -> ExpertEntry:
     """Remove an expert; its neighbour takes over its interval.
 
     Args:
@@ -150,7 +149,7 @@ def drop(model: ModelFiles, expert: str, out: Path, *, heir: str, link: bool = F
 
 
 def put_weights(
-    model: ModelFiles, expert: str | None, out: Path, *, tensors: Mapping[str, Tensor] | None = None, lora: Path | None = None, link: bool = False
+    model: ModelFolder, expert: str | None, out: Path, *, tensors: Mapping[str, Tensor] | None = None, lora: Path | None = None, link: bool = False
 ) -> ExpertEntry:
     """Give an expert new weights, as training does: all its tensors, or a LoRA file that is added to the ones it has.
 
@@ -174,18 +173,17 @@ def put_weights(
     verified(model)
     own, *bases = chain(model.path / old.subfolder)
     before = state_of(Kept(own))
-    inherited = state_of(Kept(bases[0])) if bases else None
     stored: Weights
     if lora is not None:
         state_of(OnBase(own, {}, lora))  # refuses one that does not fit
-        untouched = inherited is not None and not differing(before, inherited)
+        untouched = bool(bases) and not differing(before, state_of(Kept(bases[0])))
         stored = OnBase(bases[0] if untouched else own, {}, lora)
     elif tensors is None:
         raise ValueError("Neither tensors nor a LoRA file was given.")
     elif {name: tensor.shape for name, tensor in tensors.items()} != {name: tensor.shape for name, tensor in before.items()}:
         raise ModelError(f"The new weights do not have the names and shapes of the expert {old.name!r}; give all tensors of the same U-Net.")
     else:
-        stored = Whole(own, tensors) if inherited is None else OnBase(bases[0], differing(tensors, inherited))
+        stored = weights_for(own, tensors)
     name = old.name
     taken = f"unet_{name}" if isinstance(stored, OnBase) and stored.base == own else old.subfolder
     drafts = [Draft(replace(e, subfolder=taken), stored) if e is old else _kept(model, e) for e in model.experts]
@@ -243,17 +241,16 @@ def sigma_of(noise: NoiseSchedule, timestep: float) -> float:
     """
     if not 0 < timestep <= len(noise.sigmas) - 1:
         raise UsageError(f"The border {timestep:g} is no timestep inside the model's schedule; give one above 0 and up to {len(noise.sigmas) - 1}.")
-    return float(noise.sigma_at(timestep))
+    # Interpolation may miss the table by a rounding, and with it the border.
+    return float(noise.sigmas[int(timestep)] if timestep == int(timestep) else noise.sigma_at(timestep))
 
 
 def first_timestep(noise: NoiseSchedule, sigma: float) -> int:
     """The first whole timestep whose sigma is not below this one; the number of timesteps when all are."""
-    if sigma > noise.sigma_max:
-        return len(noise.sigmas)
-    return 0 if sigma <= noise.sigma_min else math.ceil(float(noise.timestep_at(sigma)) - _ROUNDING)
+    return int(torch.searchsorted(noise.sigmas, sigma))
 
 
-def expert_of(model: ModelFiles, name: str | None) -> ExpertEntry:
+def expert_of(model: ModelFolder, name: str | None) -> ExpertEntry:
     """The expert of that name; None means the only one.
 
     Raises:
@@ -268,7 +265,7 @@ def expert_of(model: ModelFiles, name: str | None) -> ExpertEntry:
     return found
 
 
-def _kept(model: ModelFiles, entry: ExpertEntry) -> Draft:
+def _kept(model: ModelFolder, entry: ExpertEntry) -> Draft:
     """An expert that stays as it is."""
     return Draft(replace(entry, subfolder=_subfolder(entry, entry.name)), Kept(model.path / entry.subfolder))
 
@@ -279,7 +276,7 @@ def _subfolder(entry: ExpertEntry, name: str) -> str:
     return entry.subfolder if stays else f"unet_{name}"
 
 
-def _neighbours(model: ModelFiles, names: Sequence[str]) -> list[ExpertEntry]:
+def _neighbours(model: ModelFolder, names: Sequence[str]) -> list[ExpertEntry]:
     chosen = [expert_of(model, name) for name in names]
     children = [entry for entry in model.experts if not names or entry in chosen]
     if len(children) < 2 or len(set(names)) < len(names):
@@ -310,8 +307,10 @@ def _common_base(folders: Sequence[Path]) -> Path | None:
     return next((base for base in chains[0] if all(base in other for other in chains)), None)
 
 
-def _alike(model: ModelFiles, one: ExpertEntry, other: ExpertEntry) -> bool:
-    """Whether two U-Nets are of one architecture."""
+def _alike(model: ModelFolder, one: ExpertEntry, other: ExpertEntry) -> bool:
+    """Whether two U-Nets are of one architecture and read prompts in the same way."""
+    if one.text != other.text:
+        return False
     first, second = model.configs[one.subfolder], model.configs[other.subfolder]
     try:
         return replace(UNetConfig.from_dict(first), sample_size=None) == replace(UNetConfig.from_dict(second), sample_size=None)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..contracts import Conditioning, Denoiser
 from ..errors import ModelError
 from ..weights import inside, read_json
 
-VERSION = 1
+VERSIONS = (1, 2)  # 2 where an expert reads prompts in its own way, which version 1 cannot say
 PREFETCH_RATIO = 2.0
 """An expert's lower neighbour is prefetched once sigma is below this multiple of the border: two or three steps ahead in a run of 20 to 30 steps."""
 
@@ -139,6 +139,21 @@ def check_intervals(intervals: Sequence[tuple[str, float, float]], covers: tuple
 
 
 @dataclass(frozen=True)
+class ExpertText:
+    """How an expert reads prompts, where it does not read them as the rest of the model does (SDXL's refiner has one text encoder, its base two).
+
+    Attributes:
+        family: see `pipeline.folder.ModelFolder.family`.
+        parts: part of that family, such as "text_encoder_2" -> the component of the model folder that plays it.
+        zero_negative: see `pipeline.folder.ModelFolder.zero_negative`.
+    """
+
+    family: str
+    parts: Mapping[str, str]
+    zero_negative: bool
+
+
+@dataclass(frozen=True)
 class ExpertEntry:
     """One entry of `experts.json`.
 
@@ -150,6 +165,7 @@ class ExpertEntry:
         guidance: as in `Expert`.
         parent: name of the expert that it was forked from; need not be there any more.
         sha256: of its weights (`deltas.expert_sha256`), 64 hex digits.
+        text: how it reads prompts; None as the model folder does.
     """
 
     name: str
@@ -159,6 +175,7 @@ class ExpertEntry:
     guidance: float | None = None
     parent: str | None = None
     sha256: str | None = None
+    text: ExpertText | None = None
 
 
 def read_experts(folder: Path) -> tuple[ExpertEntry, ...]:
@@ -171,8 +188,8 @@ def read_experts(folder: Path) -> tuple[ExpertEntry, ...]:
     if not path.exists():
         return (ExpertEntry("unet", "unet"),)
     content = read_json(path)
-    if content.get("version") != VERSION or isinstance(content.get("version"), bool):
-        raise ModelError(f"{path} has version {content.get('version')!r}, this program reads version {VERSION}; update it.")
+    if content.get("version") not in VERSIONS or isinstance(content.get("version"), bool):
+        raise ModelError(f"{path} has version {content.get('version')!r}, this program reads versions {' and '.join(map(str, VERSIONS))}; update it.")
     listed = content.get("experts")
     if not isinstance(listed, list) or not 1 <= len(listed) <= 1000:
         raise ModelError(f"{path} has no list of 1 to 1000 experts; write it again.")
@@ -190,13 +207,14 @@ def write_experts(folder: Path, entries: Sequence[ExpertEntry]) -> Path:
         OSError: the file could not be written.
     """
     path = folder / "experts.json"
-    listed = [asdict(entry) | {"sigma_max": None if math.isinf(entry.sigma_max) else entry.sigma_max} for entry in entries]
+    listed = [_item(entry) for entry in entries]
+    version = 1 if all(entry.text is None for entry in entries) else 2
     ordered = sorted((_entry(path, item) for item in listed), key=lambda entry: entry.sigma_min)
     check_intervals([(e.name, e.sigma_min, e.sigma_max) for e in ordered])
     _check_parents(path, ordered)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"version": VERSION, "experts": listed}, file, indent=2)
+        json.dump({"version": version, "experts": listed}, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -229,7 +247,23 @@ def _entry(path: Path, item: Any) -> ExpertEntry:
         value = item.get(field)
         if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
             raise ModelError(f"{path} gives expert {name!r} {field} {value!r:.200}; wanted null or text like {pattern}.")
-    return ExpertEntry(name, str(subfolder), low, high, guidance, item.get("parent"), item.get("sha256"))
+    text = None if item.get("text") is None else _text(path, name, item["text"])
+    return ExpertEntry(name, str(subfolder), low, high, guidance, item.get("parent"), item.get("sha256"), text)
+
+
+def _text(path: Path, name: str, item: Any) -> ExpertText:
+    match item:
+        case {"family": str(family), "parts": dict(parts), "zero_negative": bool(zeros), **rest} if not rest:
+            if all(isinstance(word, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", word) for pair in parts.items() for word in pair):
+                return ExpertText(family, {str(part): str(component) for part, component in parts.items()}, zeros)
+        case _:
+            pass
+    raise ModelError(f"{path} gives expert {name!r} text {item!r:.200}; wanted family, parts (part -> component) and zero_negative.")
+
+
+def _item(entry: ExpertEntry) -> dict[str, Any]:
+    item = asdict(entry) | {"sigma_max": None if math.isinf(entry.sigma_max) else entry.sigma_max}
+    return item if entry.text is not None else {name: value for name, value in item.items() if name != "text"}
 
 
 def _number(path: Path, item: dict[str, Any], field: str) -> float:
