@@ -70,7 +70,7 @@ def fork(
     del debug  # read in main.py
     from ..pipeline.folder import open_folder
     from ..training.forking import fork as fork_expert
-    from ..training.forking import sigma_of
+    from ..training.intervals import sigma_of
 
     model = open_folder(folder)
     borders = [*(sigma_of(model.noise, step) for step in at_timestep or ()), *(at_sigma or ())]
@@ -103,7 +103,7 @@ def compose(
     del debug  # read in main.py
     from ..pipeline.folder import open_folder
     from ..training.composing import compose as compose_models
-    from ..training.forking import sigma_of
+    from ..training.intervals import sigma_of
 
     models = [open_folder(folder) for folder in folders]
     borders = [*(sigma_of(models[0].noise, step) for step in border_timestep or ()), *(border_sigma or ())]
@@ -138,7 +138,7 @@ def merge(
     """
     del debug  # read in main.py
     from ..pipeline.folder import open_folder
-    from ..training.forking import merge as merge_experts
+    from ..training.merging import merge as merge_experts
 
     shares = None if not weight else dict(_share(text) for text in weight)
     merged = merge_experts(open_folder(folder), out, experts=expert or (), shares=shares, link=link)

@@ -20,7 +20,7 @@ from ..text_encoders.tokenizer import load_tokenizer
 from ..unet.config import UNetConfig
 from ..unet.deltas import chain, own_files
 from ..unet.experts import ExpertText
-from ..unet.residency import ExpertPool, expert_pool
+from ..unet.residency import ExpertPool, expert_pool, identities
 from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
@@ -251,5 +251,6 @@ def _experts(folder: ModelFolder, dtype: torch.dtype, device: torch.device, back
         from .library import library_expert
 
         loaders = {entry.name: partial(library_expert, folder, entry, dtype, device, refusal) for entry in folder.experts}
-        return ExpertPool(folder.experts, loaders, keep), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
+        known = identities(folder.path, folder.experts)
+        return ExpertPool(folder.experts, loaders, keep, known), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
     return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, backend, keep=keep), ()

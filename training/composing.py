@@ -14,7 +14,7 @@ from ..pipeline.folder import TEXT_PARTS, ModelFolder
 from ..unet.experts import ExpertEntry, ExpertText
 from ..weights import files_sha256, read_json, weight_files
 from .expert_files import Component, Draft, Kept, verified, write_model
-from .forking import interval_name
+from .intervals import interval_name
 
 _SAYS_NOTHING = ("sample_size", "force_upcast", "transformers_version", "torch_dtype", "dtype", "name_or_path", "special_tokens_map_file")
 

@@ -1,26 +1,22 @@
-"""Writing a model folder with other experts than the one it is made from: staged beside its place, synced, and given its name in one step."""
+"""Writing a model folder with other experts than the one it is made from."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import OutputError, UsageError
 from ..pipeline.folder import TEXT_PARTS, ModelFolder
 from ..unet.deltas import LORA, TENSORS, chain, check_hashes, differing, expert_sha256, read_delta, read_expert, write_delta
 from ..unet.experts import ExpertEntry, write_experts
 from ..unet.lora import read_lora, with_lora
 from ..weights import read_json
+from .staging import copy_folder, linked, staged_folder
 
-_COPIED = (".json", ".txt", ".model", ".safetensors", ".md")
 WHOLE = "diffusion_pytorch_model.safetensors"
 
 
@@ -91,7 +87,7 @@ def write_model(
         ModelError: the intervals leave a gap or overlap.
     """
     unet = model.path / "unet"
-    ordered = sorted((_at(draft, "unet") if draft.weights == Kept(unet) else draft for draft in drafts), key=lambda draft: draft.entry.sigma_min)
+    ordered = sorted((_placed(draft, unet) for draft in drafts), key=lambda draft: draft.entry.sigma_min)
     first, highest = ordered[0].entry, ordered[-1]
     plain = len(ordered) == 1 and first.guidance is None and first.text is None
     if plain or not any(unet in _sources(draft.weights) for draft in ordered):
@@ -99,7 +95,7 @@ def write_model(
     # Text encoders that only experts had which are gone now.
     gone = components(model.experts) - components([draft.entry for draft in ordered]) - set(TEXT_PARTS[model.family])
     with staged_folder(out) as staged:
-        copy = _linked if link else shutil.copyfile
+        copy = linked if link else shutil.copyfile
         _copy_parts(model.path, staged, copy, {} if added is None else added, gone)
         store = _Store(staged, ordered, copy)
         if any(unet in _sources(draft.weights) for draft in ordered):
@@ -111,33 +107,6 @@ def write_model(
         if not plain:
             write_experts(staged, entries)
     return tuple(entries)
-
-
-@contextmanager
-def staged_folder(out: Path) -> Generator[Path]:
-    """A new folder to be filled, beside `out`; on success its files are synced and it takes that name, else it is removed.
-
-    Raises:
-        UsageError: `out` exists.
-        OutputError: it could not be written.
-    """
-    if os.path.lexists(out):
-        raise UsageError(f"--out {out.name!r} exists and is never overwritten; give another name, or remove it first.")
-    staged = out.with_name(f".{out.name}.{os.getpid()}.staged")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staged.mkdir()
-        yield staged
-        for path in [*sorted(staged.rglob("*")), staged]:
-            _sync(path)
-        if os.path.lexists(out):
-            raise UsageError(f"--out {out.name!r} was made by another program meanwhile and is not overwritten; give another name.")
-        staged.rename(out)
-        _sync(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"--out {out.name!r} cannot be written ({error}); free space or give another place.") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def components(entries: Sequence[ExpertEntry]) -> set[str]:
@@ -157,14 +126,6 @@ def _copy_parts(source: Path, target: Path, copy: Callable[[Path, Path], object]
         (target / "model_index.json").unlink()  # it may be a link
         index |= {name: list(component.kind) for name, component in added.items()}
         (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_folder(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
-    """Copy the files of a folder that a model is made of, not its subfolders."""
-    target.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and (path.suffix in _COPIED or path.name.startswith("LICENSE")):
-            copy(path, target / path.name)
 
 
 def weights_for(folder: Path, tensors: Mapping[str, Tensor]) -> Weights:
@@ -200,6 +161,18 @@ def state_of(weights: Weights) -> Mapping[str, Tensor]:
             return state if lora is None else state | with_lora(state, read_lora(lora), lora)
         case Whole(_, tensors):
             return tensors
+
+
+def kept(model: ModelFolder, entry: ExpertEntry) -> Draft:
+    """An expert that stays as it is."""
+    return Draft(entry, Kept(model.path / entry.subfolder))
+
+
+def _placed(draft: Draft, unet: Path) -> Draft:
+    """What lies in `unet/` stays there, and all experts lie beside each other."""
+    if draft.weights == Kept(unet):
+        return _at(draft, "unet")
+    return _at(draft, f"unet_{draft.entry.name}") if "/" in draft.entry.subfolder else draft
 
 
 def _at(draft: Draft, subfolder: str) -> Draft:
@@ -288,15 +261,3 @@ class _Store:
     def _free(self, name: str, reserved: set[str]) -> Path:
         names = (name if number == 1 else f"{name}_{number}" for number in count(1))
         return next(self._staged / free for free in names if free not in reserved and not (self._staged / free).exists())
-
-
-def _linked(source: Path, target: Path) -> None:
-    os.link(os.path.realpath(source), target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

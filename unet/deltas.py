@@ -87,6 +87,21 @@ def chain(folder: Path) -> tuple[Path, ...]:
     return tuple(folders)
 
 
+def origin(folder: Path, sha256: str | None) -> tuple[Path, str | None]:
+    """The folder whose weights an expert has, and their hash: its own, or where it is a delta that changes nothing, its base's, and so on.
+
+    Args:
+        folder: of the expert.
+        sha256: recorded for it, or None.
+    """
+    for _ in chain(folder):
+        delta = read_delta(folder)
+        if delta is None or (folder / TENSORS).exists() or (folder / LORA).exists():
+            break
+        folder, sha256 = folder.parent / delta.base, delta.base_sha256
+    return folder, sha256
+
+
 def own_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files that decide an expert's weights beside its base: of a delta its JSON, tensors and LoRA, those that are there; else `weight_files`."""
     if (folder / INDEX).exists():

@@ -41,6 +41,7 @@ class Expert:
         load: gives its denoiser, ready to run; called at every step, so it must be quick when nothing has to be loaded.
         guidance: its own guidance scale; None takes the run's.
         prefetch: told when its turn is near; must return at once and may be called often.
+        identity: what it computes with; neighbours of equal identity compute the same, as fresh children of a fork do. None is like no other.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Expert:
     load: Callable[[], Denoiser]
     guidance: float | None = None
     prefetch: Callable[[], None] = _nothing
+    identity: object = None
 
 
 class ExpertTable:
@@ -69,8 +71,9 @@ class ExpertTable:
 
     @property
     def borders(self) -> tuple[float, ...]:
-        """The sigmas at which the expert changes, rising; each belongs to the expert above it."""
-        return tuple(expert.sigma_min for expert in self.experts[1:])
+        """The sigmas at which the expert changes to another that computes something else, rising; each belongs to the expert above it."""
+        pairs = pairwise(self.experts)
+        return tuple(above.sigma_min for below, above in pairs if below.identity is None or below.identity != above.identity)
 
     def expert_for(self, sigma: float) -> Expert:
         """The expert that owns a noise level.

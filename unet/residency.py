@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention import AttentionBackend
 from ..weights import fill, read_json, without_storage
 from .config import UNetConfig
-from .deltas import Bases, chain, check_hashes, read_expert
+from .deltas import Bases, chain, check_hashes, origin, read_expert
 from .denoiser import UNetDenoiser
 from .experts import Expert, ExpertEntry, ExpertTable
 from .layers import Recorder
@@ -36,16 +36,20 @@ class ExpertPool:
     Calls come from one thread; loading happens on a thread of the pool's own.
     """
 
-    def __init__(self, entries: Sequence[ExpertEntry], loaders: Mapping[str, Loader], keep: Keep = "active") -> None:
+    def __init__(
+        self, entries: Sequence[ExpertEntry], loaders: Mapping[str, Loader], keep: Keep = "active", identities: Mapping[str, object] | None = None
+    ) -> None:
         """Take the experts' loaders; nothing is loaded yet.
 
         Args:
             entries: names, intervals and guidance.
             loaders: for each name, what makes its denoiser, such as `load_expert` or `parked` with its arguments bound.
             keep: "active" or "all".
+            identities: for each name its `Expert.identity`, see `identities`.
         """
         self.entries = tuple(entries)
         self.keep: Keep = keep
+        self._identities = {} if identities is None else dict(identities)
         self._loaders = dict(loaders)
         self._held: dict[str, Future[UNetDenoiser]] = {}
         self._active: str | None = None
@@ -87,9 +91,11 @@ class ExpertPool:
         def load(name: str) -> UNetDenoiser:
             return replace(self.get(name), to_timestep=to_timestep, recorder=recorder)
 
-        return ExpertTable(
-            [Expert(e.name, e.sigma_min, e.sigma_max, partial(load, e.name), e.guidance, partial(self.prefetch, e.name)) for e in self.entries]
-        )
+        def expert(entry: ExpertEntry) -> Expert:
+            name, identity = entry.name, self._identities.get(entry.name)
+            return Expert(name, entry.sigma_min, entry.sigma_max, partial(load, name), entry.guidance, partial(self.prefetch, name), identity)
+
+        return ExpertTable([expert(entry) for entry in self.entries])
 
     def _begin(self, name: str) -> Future[UNetDenoiser]:
         if name not in self._held:
@@ -142,6 +148,17 @@ def load_expert(
         lambda name, _: shared.place(name, state[name], device),
     )
     return UNetDenoiser(unet, prediction_type, to_timestep)
+
+
+def identities(folder: Path, entries: Sequence[ExpertEntry]) -> dict[str, object]:
+    """What each expert computes with: recorded hash of its weights, guidance, and how it reads prompts; None where no hash is recorded.
+
+    Args:
+        folder: the model folder.
+        entries: its experts.
+    """
+    hashes = {entry.name: origin(folder / entry.subfolder, entry.sha256)[1] for entry in entries}
+    return {entry.name: None if hashes[entry.name] is None else (hashes[entry.name], entry.guidance, entry.text) for entry in entries}
 
 
 def parked(load: Loader, device: torch.device | str) -> Loader:
@@ -210,4 +227,4 @@ def expert_pool(
         where = "cpu" if parks else device
         load = partial(load_expert, folder / entry.subfolder, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256, bases)
         loaders[entry.name] = parked(load, device) if parks else load
-    return ExpertPool(entries, loaders, keep)
+    return ExpertPool(entries, loaders, keep, identities(folder, entries))

@@ -56,7 +56,7 @@ def test_a_whole_life(call: Call, sd1_folder: Path, tmp_path: Path, capsys: pyte
 
     facts = call("merge", tmp_path / "nested", "--expert", names[1], "--expert", names[2], "--out", tmp_path / "fewer")
     assert [expert["name"] for expert in facts["experts"]] == ["t0500-1000", "t0081-0500", "t0000-0081"]
-    assert facts["parent"] == "unet_t0000-0500"
+    assert facts["parent"] == "unet"
     assert facts["weights"][names[1]] == pytest.approx(250 / 419)
     facts = call("drop", tmp_path / "fewer", "--expert", "t0081-0500", "--to", "lower", "--out", tmp_path / "two")
     assert [expert["name"] for expert in facts["experts"]] == ["t0500-1000", "t0000-0500"]

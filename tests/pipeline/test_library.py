@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import randomised
 from tu_diffuse.errors import ModelError
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
+from tu_diffuse.training.forking import fork, put_weights
+from tu_diffuse.training.intervals import sigma_of
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,27 @@ def test_fallback_draws_what_diffusers_draws(odd_folder: Path):
     assert (latents - wanted).abs().max() <= 1e-4 * max(1.0, float(wanted.abs().max()))
     assert (picture.pixels.permute(2, 0, 1) / 255 - image).abs().max() <= 2 / 255
     assert picture.settings["fallbacks"] == ["vae-by-diffusers", "unet-by-diffusers"]
+
+
+def test_deltas_of_what_the_library_computes(odd_folder: Path, tmp_path: Path):
+    """A trained child draws the same stored as a delta and stored whole, and other pictures than its parent."""
+    model = open_folder(odd_folder)
+
+    def pixels(folder: Path) -> torch.Tensor:
+        loaded = load_model(open_folder(folder), dtype="float32", device="cpu")
+        return next(event.pixels for event in text_to_image(loaded, resolve(loaded.folder, "a cat", [3], steps=4)) if isinstance(event, Picture))
+
+    for name, whole in (("delta", False), ("whole", True)):
+        fork(model, [sigma_of(model.noise, 500)], tmp_path / name, whole=whole)
+        assert torch.equal(pixels(tmp_path / name), pixels(odd_folder))
+        state = load_file(odd_folder / "unet" / "diffusion_pytorch_model.safetensors")
+        state["conv_out.bias"] += 0.5
+        put_weights(open_folder(tmp_path / name), "t0000-0500", tmp_path / f"{name}-trained", tensors=state)
+    assert torch.equal(pixels(tmp_path / "delta-trained"), pixels(tmp_path / "whole-trained"))
+    assert not torch.equal(pixels(tmp_path / "delta-trained"), pixels(odd_folder))
+    (tmp_path / "delta-trained" / "unet_t0000-0500" / "delta.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="are not the ones that"):
+        pixels(tmp_path / "delta-trained")
 
 
 def test_what_nobody_covers_is_one_error(odd_folder: Path, tmp_path: Path):

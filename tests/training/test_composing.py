@@ -17,7 +17,9 @@ from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 from tu_diffuse.training.composing import compose
-from tu_diffuse.training.forking import drop, expert_of, fork, merge, put_weights, sigma_of
+from tu_diffuse.training.forking import drop, fork, put_weights
+from tu_diffuse.training.intervals import expert_of, sigma_of
+from tu_diffuse.training.merging import merge
 from tu_diffuse.unet.experts import ExpertText
 
 WHOLE = "diffusion_pytorch_model.safetensors"

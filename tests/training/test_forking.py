@@ -13,21 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from expert_folders import WHOLE, assert_equal, at, draw, files, size, trained, weights_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tu_diffuse.errors import ModelError, OutputError, UsageError
-from tu_diffuse.pipeline.describe import describe_experts
+from tu_diffuse.pipeline.describe import describe, describe_experts
 from tu_diffuse.pipeline.folder import ModelFolder, open_folder
-from tu_diffuse.pipeline.loading import load_model
-from tu_diffuse.pipeline.request import resolve
-from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
-from tu_diffuse.training.expert_files import Kept, state_of
-from tu_diffuse.training.forking import drop, expert_of, fork, interval_name, merge, merged_state, put_weights, sigma_of
+from tu_diffuse.training.forking import drop, fork, put_weights
+from tu_diffuse.training.intervals import expert_of, interval_name, sigma_of
+from tu_diffuse.training.merging import merge
 from tu_diffuse.unet.deltas import INDEX, LORA, TENSORS, chain
-from tu_diffuse.unet.residency import load_expert
 
 INF = math.inf
-WHOLE = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -38,47 +35,6 @@ def plain(sd1_folder: Path) -> ModelFolder:
 @pytest.fixture
 def ensemble(ensemble_folder: Path) -> ModelFolder:
     return open_folder(ensemble_folder)
-
-
-def draw(folder: Path, dtype: str = "float32") -> tuple[Tensor, list[str]]:
-    """One picture of 12 steps, and the experts that drew it."""
-    model = load_model(open_folder(folder), dtype=dtype, device="cpu")
-    request = resolve(model.folder, "a red apple", [5], steps=12, sampler="euler", guidance=3.0)
-    picture = next(event for event in text_to_image(model, request) if isinstance(event, Picture))
-    return picture.pixels, [expert["name"] for expert in picture.settings["experts"]]
-
-
-def at(model: ModelFolder, *timesteps: float) -> list[float]:
-    return [sigma_of(model.noise, timestep) for timestep in timesteps]
-
-
-def weights_of(folder: Path, name: str) -> dict[str, Tensor]:
-    model = open_folder(folder)
-    entry = expert_of(model, name)
-    assert entry.sha256 is not None
-    return load_expert(folder / entry.subfolder, "epsilon", lambda s: s, sha256=entry.sha256).unet.state_dict()
-
-
-def trained(folder: Path, name: str, out: Path, change: Callable[[str, Tensor], Tensor]) -> ModelFolder:
-    """The folder with an expert's weights changed, as training would."""
-    state = {
-        tensor: change(tensor, value.clone()) for tensor, value in state_of(Kept(folder / expert_of(open_folder(folder), name).subfolder)).items()
-    }
-    put_weights(open_folder(folder), name, out, tensors=state)
-    return open_folder(out)
-
-
-def assert_equal(came: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert came.keys() == wanted.keys()
-    assert [name for name in wanted if came[name].dtype != wanted[name].dtype or not torch.equal(came[name], wanted[name])] == []
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def size(folder: Path) -> int:
-    return sum(len(data) for data in files(folder).values())
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -97,6 +53,8 @@ def test_a_fork_draws_what_its_parent_drew(plain: ModelFolder, tmp_path: Path, w
     wanted, _ = draw(plain.path)
     assert wanted.float().std() > 5
     assert torch.equal(pixels, wanted)
+    for sampler in () if whole else ("euler_a", "heun", "unipc", "dpmpp_2m_sde"):
+        assert torch.equal(draw(tmp_path / "forked", sampler=sampler)[0], draw(plain.path, sampler=sampler)[0]), sampler
     assert files(plain.path) == before
     grown = size(tmp_path / "forked") - size(plain.path)
     unet = (plain.path / "unet" / WHOLE).stat().st_size
@@ -131,14 +89,16 @@ def test_nested_forks_and_merges(ensemble: ModelFolder, tmp_path: Path):
     model = open_folder(tmp_path / "b")
     assert [entry.name for entry in model.experts] == names
     assert [entry.parent for entry in model.experts] == [None, middle, middle, middle, "high"]
-    assert [folder.name for folder in chain(tmp_path / "b" / model.experts[2].subfolder)] == ["unet_t0600-0700", f"unet_{middle}", "unet"]
+    # An untrained child is no base of its own: its children are stored against the weights that it has.
+    assert [folder.name for folder in chain(tmp_path / "b" / model.experts[2].subfolder)] == ["unet_t0600-0700", "unet"]
     pixels, used = draw(tmp_path / "b")
     assert torch.equal(pixels, wanted)
     assert used[::-1] == names
 
     merged = merge(model, tmp_path / "c", experts=names[1:4])
-    assert merged.parent == f"unet_{middle}"
+    assert merged.parent == "unet"
     assert [entry.name for entry in open_folder(tmp_path / "c").experts] == ["low", middle, "t0800-1000"]
+    assert torch.equal(draw(tmp_path / "c")[0], wanted)
     merge(open_folder(tmp_path / "c"), tmp_path / "d", experts=[middle, "t0800-1000"])
     model = open_folder(tmp_path / "d")
     assert [(e.name, e.subfolder, e.sigma_min) for e in model.experts] == [("low", "unet_low", 0.0), (f"t{border}-1000", "unet", 1.5)]
@@ -147,59 +107,21 @@ def test_nested_forks_and_merges(ensemble: ModelFolder, tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == sorted(path.name for path in ensemble.path.iterdir())
 
 
-def test_fork_then_merge_gives_the_folder_back(plain: ModelFolder, tmp_path: Path):
-    fork(plain, at(plain, 300), tmp_path / "forked")
-    merged = merge(open_folder(tmp_path / "forked"), tmp_path / "merged")
-    assert merged.shares == {"t0000-0300": 0.3, "t0300-1000": 0.7}
-    assert files(tmp_path / "merged") == files(plain.path)
-
-
-@pytest.mark.parametrize("shares", [None, {"t0000-0300": 1.0, "t0300-1000": 0.5}, {"t0000-0300": -1.0, "t0300-1000": 0.0}])
-def test_a_merge_adds_weighted_task_vectors(plain: ModelFolder, tmp_path: Path, shares: dict[str, float] | None):
-    fork(plain, at(plain, 300), tmp_path / "forked")
-    trained(tmp_path / "forked", "t0000-0300", tmp_path / "one", lambda name, t: t + 0.125 if name.startswith("conv_in") else t)
-    trained(tmp_path / "one", "t0300-1000", tmp_path / "both", lambda name, t: {"conv_out.weight": t * 3, "conv_in.bias": t - 1}.get(name, t))
-    merged = merge(open_folder(tmp_path / "both"), tmp_path / "merged", shares=shares)
-    low, high = merged.shares["t0000-0300"], merged.shares["t0300-1000"]
-    assert (low, high) == ((0.3, 0.7) if shares is None else tuple(shares.values()))
-    assert merged.parent == "unet"
-    theta = load_file(plain.path / "unet" / WHOLE)
-    came = load_file(tmp_path / "merged" / "unet" / WHOLE)
-    wanted = theta | {
-        "conv_in.weight": theta["conv_in.weight"] + low * 0.125,
-        "conv_in.bias": theta["conv_in.bias"] + low * 0.125 - high,
-        "conv_out.weight": theta["conv_out.weight"] * (1 + 2 * high),
-    }
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(came[name], tensor, atol=1e-6, rtol=1e-6)
-    changed = {name for name in theta if not torch.equal(came[name], theta[name])}
-    assert changed == ({"conv_in.weight", "conv_in.bias", "conv_out.weight"} - ({"conv_out.weight"} if high == 0 else set()))
-    assert not (tmp_path / "merged" / "experts.json").exists()
-
-
-def test_without_a_parent_children_are_averaged(ensemble: ModelFolder, tmp_path: Path):
-    merged = merge(ensemble, tmp_path / "merged", shares={"low": 1.0, "high": 3.0})
-    assert merged.parent is None
-    assert merged.shares == {"low": 0.25, "high": 0.75}
-    low, high = (load_file(ensemble.path / name / WHOLE) for name in ("unet_low", "unet"))
-    came = load_file(tmp_path / "merged" / "unet" / WHOLE)
-    for name in low:
-        torch.testing.assert_close(came[name], (0.25 * low[name].double() + 0.75 * high[name].double()).float(), atol=1e-7, rtol=1e-7)
-    assert draw(tmp_path / "merged")[1] == ["unet"]
-
-
-def test_merged_numbers():
-    parent = {"a": torch.tensor([1.0, -0.0]), "b": torch.tensor([3.0])}
-    children = [parent | {"b": torch.tensor([5.0])}, parent | {"b": torch.tensor([2.0])}]
-    merged = merged_state(children, [0.5, 2.0], parent)
-    assert merged["b"].tolist() == [3.0 + 0.5 * 2 + 2.0 * -1]
-    assert merged["a"] is parent["a"]
-    average = merged_state([{"b": torch.ones(1).half()}, {"b": torch.full((1,), 4.0)}], [0.5, 0.5], None)["b"]
-    assert (average.tolist(), average.dtype) == ([2.5], torch.float32)
-    half = {"b": torch.ones(1, dtype=torch.float16)}
-    assert merged_state([{"b": torch.full((1,), 1.5)}], [1.0], half)["b"].dtype == torch.float16
-    with pytest.raises(ModelError, match=r"b overflows torch\.float16"):
-        merged_state([{"b": torch.full((1,), 2.0)}], [1e6], half)
+def test_a_trained_child_is_a_base(plain: ModelFolder, tmp_path: Path):
+    fork(plain, at(plain, 500), tmp_path / "a")
+    trained(tmp_path / "a", "t0500-1000", tmp_path / "b", lambda name, t: t + 1 if name == "conv_in.bias" else t)
+    fork(open_folder(tmp_path / "b"), at(plain, 750), tmp_path / "c", expert="t0500-1000")
+    model = open_folder(tmp_path / "c")
+    for name in ("t0500-0750", "t0750-1000"):
+        folders = chain(tmp_path / "c" / expert_of(model, name).subfolder)
+        assert [folder.name for folder in folders] == [f"unet_{name}", "unet_t0500-1000", "unet"]
+    assert torch.equal(draw(tmp_path / "c")[0], draw(tmp_path / "b")[0])
+    trained(tmp_path / "c", "t0750-1000", tmp_path / "d", lambda name, t: t * 2 if name == "conv_out.bias" else t)
+    merged = merge(open_folder(tmp_path / "d"), tmp_path / "e", experts=["t0500-0750", "t0750-1000"], shares={"t0500-0750": 5.0, "t0750-1000": 1.0})
+    assert merged.parent == "unet_t0500-1000"
+    base = load_file(plain.path / "unet" / WHOLE)
+    changed = {"conv_in.bias": base["conv_in.bias"] + 1, "conv_out.bias": base["conv_out.bias"] * 2}
+    assert_equal(weights_of(tmp_path / "e", "t0500-1000"), base | changed)
 
 
 @pytest.mark.parametrize(("name", "heir", "left"), [("t0250-0500", "lower", "t0000-0500"), ("t0250-0500", "higher", "t0250-1000")])
@@ -350,7 +272,10 @@ def test_the_facts_of_a_fork(plain: ModelFolder, tmp_path: Path):
     assert high["shared_bytes"] - low["shared_bytes"] == 4 * 16
     assert facts["bytes"] == unet.stat().st_size + high["bytes"] + low["bytes"]
     assert high["bytes"] < 200
-    assert "Infinity" not in json.dumps(facts)
+    described = describe(open_folder(tmp_path / "trained"))
+    assert [expert["megabytes"] for expert in described["experts"]] == [0.0, 0.0]
+    assert len({expert["parameters"] for expert in [*described["experts"], *describe(plain)["experts"]]}) == 1
+    assert "Infinity" not in json.dumps([facts, described])
 
 
 def test_names_follow_the_first_whole_timestep(plain: ModelFolder):
@@ -384,12 +309,6 @@ def _fork(borders: list[float] | None = None, **asked: Any) -> Callable[[ModelFo
         (lambda m, out: drop(m, "low", out, heir="lower"), "no expert lower than 'low'"),
         (lambda m, out: drop(m, "high", out, heir="higher"), "no expert higher than 'high'"),
         (lambda m, out: drop(m, "middle", out, heir="higher"), "'middle' is none of them"),
-        (lambda m, out: merge(m, out, experts=["low"]), "two experts or more"),
-        (lambda m, out: merge(m, out, experts=["low", "low"]), "two experts or more"),
-        (lambda m, out: merge(m, out, experts=["low", "middle"]), "'middle' is none of them"),
-        (lambda m, out: merge(m, out, shares={"low": 1.0}), "one weight for each"),
-        (lambda m, out: merge(m, out, shares={"low": 1.0, "high": math.nan}), "finite"),
-        (lambda m, out: merge(m, out, shares={"low": 1.0, "high": -1.0}), "sum to 0"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_is_written(ensemble: ModelFolder, tmp_path: Path, act: Callable[..., object], said: str):
@@ -402,18 +321,6 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(ensemble: ModelFolde
 def test_borders_outside_the_schedule(plain: ModelFolder, timestep: float):
     with pytest.raises(UsageError, match="above 0 and up to 999"):
         sigma_of(plain.noise, timestep)
-
-
-def test_only_neighbours_merge(plain: ModelFolder, tmp_path: Path):
-    fork(plain, at(plain, 200, 400), tmp_path / "forked")
-    with pytest.raises(UsageError, match="'t0000-0200' and 't0400-1000' are not neighbours"):
-        merge(open_folder(tmp_path / "forked"), tmp_path / "out", experts=["t0000-0200", "t0400-1000"])
-
-
-def test_only_one_architecture_merges(ensemble: ModelFolder, tmp_path: Path):
-    config = dict(ensemble.configs["unet"]) | {"attention_head_dim": 8}
-    with pytest.raises(ModelError, match="differ in architecture"):
-        merge(replace(ensemble, configs={**ensemble.configs, "unet": config}), tmp_path / "out")
 
 
 def test_nothing_is_overwritten(plain: ModelFolder, tmp_path: Path):

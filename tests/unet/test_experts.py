@@ -2,13 +2,13 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from tu_diffuse.contracts import Conditioning
 from tu_diffuse.errors import ModelError
-from tu_diffuse.unet.experts import Expert, ExpertEntry, ExpertTable, read_experts, write_experts
+from tu_diffuse.unet.experts import Expert, ExpertEntry, ExpertTable, ExpertText, read_experts, write_experts
 
 INF = math.inf
 
@@ -71,6 +71,13 @@ def test_routing_by_sigma_alone():
     assert {sigma: experts.expert_for(sigma).name for sigma in owners} == owners
 
 
+def test_a_border_where_nothing_changes_is_none():
+    """Multistep samplers restart at borders; a fork whose children were not trained must not make them."""
+    names = ("a", "a", "b", None, None, "b")
+    experts = ExpertTable([expert(f"e{i}", i, INF if i == 5 else i + 1, identity=name)[0] for i, name in enumerate(names)])
+    assert experts.borders == (2, 3, 4, 5)
+
+
 @pytest.mark.parametrize("sigma", [-1.0, math.nan, INF])
 def test_a_sigma_that_nobody_owns(sigma):
     with pytest.raises(ModelError, match="No expert owns"):
@@ -108,6 +115,7 @@ ENTRIES = (
     ExpertEntry("detail", "unet_low", 0.0, 1.618, None, None, "0" * 64),
     ExpertEntry("layout", "experts/high", 1.618, INF, 3.5, "detail", None),
 )
+READING = ExpertText("sdxl-refiner", {"text_encoder_2": "text_encoder_2", "tokenizer_2": "other_tokenizer"}, False)
 
 
 def test_experts_json_goes_round(tmp_path):
@@ -115,6 +123,15 @@ def test_experts_json_goes_round(tmp_path):
     assert read_experts(tmp_path) == ENTRIES
     assert json.loads(path.read_text())["experts"][1]["sigma_max"] is None
     assert [p.name for p in tmp_path.iterdir()] == ["experts.json"]
+
+
+def test_an_expert_that_reads_in_its_own_way_needs_version_2(tmp_path):
+    entries = (replace(ENTRIES[0], text=READING), ENTRIES[1])
+    path = write_experts(tmp_path, entries)
+    assert read_experts(tmp_path) == entries
+    assert json.loads(path.read_text())["version"] == 2
+    assert json.loads(write_experts(tmp_path, ENTRIES).read_text())["version"] == 1
+    assert "text" not in path.read_text()
 
 
 def test_a_folder_without_experts_is_an_ensemble_of_one(tmp_path):
@@ -159,6 +176,8 @@ def changed(index, **fields):
         changed(1, name=7),
         changed(1, sha256="abc"),
         changed(1, parent=3),
+        changed(1, parent="high"),
+        changed(0, parent="high"),
         changed(1, code="import os"),
     ],
 )
