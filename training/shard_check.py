@@ -120,8 +120,7 @@ def check_shard(location: str, number: int = 0, *, verify_pictures: bool = False
             damages.append(Damage(location, run.key, offset, reason, detail))
             skipped[reason] += 1
         members["used" if problem is None else "skipped"] += len(run.members)
-    for gap in gaps:
-        before = next((run.key for run in reversed(runs) if run.members[0].start < gap.start), "")
+    for gap, before in gaps:
         damages.append(Damage(location, lost_to.get(gap, before), gap.start, gap.reason, _GAPS[gap.reason]))
     promised = _promised(location)
     if promised is not None and promised > len(twins) and not gaps:
@@ -136,8 +135,8 @@ def check_shard(location: str, number: int = 0, *, verify_pictures: bool = False
         runs=len(runs),
         keys=len(twins),
         promised=promised,
-        cut=any(gap.reason != "header" for gap in gaps),
-        gap_bytes=sum(gap.end - gap.start for gap in gaps if gap.reason == "header"),
+        cut=any(gap.reason != "header" for gap, _ in gaps),
+        gap_bytes=sum(gap.end - gap.start for gap, _ in gaps if gap.reason == "header"),
         sample_bytes=sum(sample.spans[-1] - sample.spans[0] for sample in samples),
         unhashed=sum(run.hash is None for run in runs) if verify_hashes else 0,
     )

@@ -37,15 +37,15 @@ class Run:
         return "picture" in self.parts and "caption" in self.parts
 
 
-def read_runs(file: BinaryIO, verify_pictures: bool, verify_hashes: bool) -> tuple[list[Run], list[Gap], int]:
-    """The runs and gaps of a shard, and the number of members that are passed over."""
+def read_runs(file: BinaryIO, verify_pictures: bool, verify_hashes: bool) -> tuple[list[Run], list[tuple[Gap, str]], int]:
+    """The runs of a shard, its gaps each with the key before it, and the number of members that are passed over."""
     runs: list[Run] = []
-    gaps: list[Gap] = []
+    gaps: list[tuple[Gap, str]] = []
     fresh: list[Gap] = []  # gaps since the last member that was kept
     ignored = 0
     for event in scan(file):
         if isinstance(event, Gap):
-            gaps.append(event)
+            gaps.append((event, runs[-1].key if runs else ""))
             fresh.append(event)
             if runs:
                 runs[-1].gaps.append(event)

@@ -12,13 +12,14 @@ from typing import Any, BinaryIO, NamedTuple, cast
 BLOCK = 512
 _CHUNK = 1 << 20
 _MAX_HEADER = 1 << 20  # bytes that the headers of one member may take: a long name is a few kilobytes
+_MAX_READS = 16  # of one member's headers: long name, long link, global and extended headers take 10
 _MAX_TAIL = 1 << 20  # zeros at the end; writers pad to 10 KiB, so more is space that a download reserved and never filled
 
 
 class Member(NamedTuple):
     """One member: its name, where its first header begins, its content begins, and the next header begins, the content's size, all in bytes.
 
-    `plain` is false for folders, links, devices and sparse files.
+    A file that is cut in the zeros after the content ends there. `plain` is false for folders, links, devices and sparse files.
     """
 
     name: str
@@ -46,6 +47,20 @@ def scan(file: BinaryIO) -> Iterator[Member | Gap]:
     Members with damaged headers lie in gaps; a member whose content is cut by the end of the file is a gap too. Raises OSError when the file
     cannot be read, and nothing else, whatever it holds.
     """
+    held: Gap | None = None  # gaps that border on each other are one
+    for event in _events(file):
+        if isinstance(event, Member):
+            if held is not None:
+                yield held
+                held = None
+            yield event
+        else:
+            held = event if held is None else Gap(held.start, event.end, held.reason if event.reason == "header" else event.reason)
+    if held is not None:
+        yield held
+
+
+def _events(file: BinaryIO) -> Iterator[Member | Gap]:
     size = file.seek(0, 2)
     start: int | None = 0
     while start is not None:
@@ -83,7 +98,7 @@ def _walk(file: BinaryIO, start: int, size: int) -> Generator[Member, None, tupl
             return end, False
         if info.offset_data + info.size > size:
             return end, True
-        yield Member(info.name, end, info.offset_data, tar.offset, info.size, info.isreg() and not info.issparse())
+        yield Member(info.name, end, info.offset_data, min(tar.offset, size), info.size, info.isreg() and not info.issparse())
         end = tar.offset
 
 
@@ -116,6 +131,8 @@ def _next_header(file: BinaryIO, start: int, size: int) -> int | None:
         file.seek(position)
         chunk = file.read(_CHUNK)
         for place in range(0, len(chunk) - BLOCK + 1, BLOCK):
+            if not chunk[place + 148 : place + 156].strip(b" \0").isdigit():  # where the checksum stands; most blocks end here
+                continue
             try:
                 tarfile.TarInfo.frombuf(chunk[place : place + BLOCK], "utf-8", "surrogateescape")
             except (tarfile.TarError, ValueError):
@@ -125,19 +142,20 @@ def _next_header(file: BinaryIO, start: int, size: int) -> int | None:
 
 
 class _Window:
-    """What tarfile sees of a file: between two calls of `renew` at most `_MAX_HEADER` bytes, so that no header can ask for gigabytes."""
+    """What tarfile sees of a file: between two calls of `renew` so little that no header can ask for gigabytes or lead on to thousands of others."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._left = _MAX_HEADER
+        self.renew()
 
     def renew(self) -> None:
-        self._left = _MAX_HEADER
+        self._bytes, self._reads = _MAX_HEADER, _MAX_READS
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= self._left:
+        self._reads -= 1
+        if not 0 <= size <= self._bytes or self._reads < 0:
             raise tarfile.ReadError("a header is larger than any writer makes it")
-        self._left -= size
+        self._bytes -= size
         return self._file.read(size)
 
     def seek(self, position: int) -> int:

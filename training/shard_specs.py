@@ -3,16 +3,18 @@
 Local files are opened directly; `s3://`, `https://` and `http://` go through fsspec, whose back ends come with `pip install 'tu-diffuse[remote]'`.
 """
 
+import errno
 import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
-from ..errors import DataError, UnsafeError, UsageError
+from ..errors import DataError, TuDiffuseError, UnsafeError, UsageError
 
 MAX_SHARDS = 100_000
 REMOTE_SCHEMES = ("s3", "https", "http")
@@ -62,23 +64,20 @@ def shard_name(location: str) -> str:
 
 
 def open_shard(location: str) -> BinaryIO:
-    """Open a shard for reading and seeking.
+    """Open a shard for reading and seeking; whatever goes wrong while reading is an OSError.
 
     Raises:
         UsageError: there is no such shard, or a back end of fsspec is not installed.
-        DataError: it cannot be read, or its server does not answer requests for parts of a file.
+        DataError: it cannot be read, or its server does not send parts of a file.
     """
-    try:
+    with _errors_of(location):
         if not _is_remote(location):
             return Path(location).open("rb", buffering=_BUFFER)
         system, path = _filesystem(location)
         file = system.open(path, "rb", block_size=_REMOTE_BLOCK)
-    except (OSError, ValueError) as error:
-        raise _unreadable(location, error) from error
-    if not file.seekable() or file.size is None:
-        file.close()
-        raise DataError(f"The server of {shard_name(location)} does not send parts of a file; download the shard and name the file.")
-    return cast(BinaryIO, file)
+        if file.size is None or (location.startswith("http") and len(system.cat_file(path, start=0, end=1)) > 1):
+            raise DataError(f"The server of {shard_name(location)} does not send parts of a file; download the shard and name the file.")
+        return cast(BinaryIO, _RemoteFile(file))
 
 
 def read_range(location: str, start: int, size: int) -> bytes:
@@ -87,7 +86,7 @@ def read_range(location: str, start: int, size: int) -> bytes:
     Raises:
         UsageError, DataError: as `open_shard`; also a shard that is shorter.
     """
-    try:
+    with _errors_of(location):
         if _is_remote(location):
             system, path = _filesystem(location)
             data = cast(bytes, system.cat_file(path, start=start, end=start + size)) if size else b""
@@ -95,8 +94,6 @@ def read_range(location: str, start: int, size: int) -> bytes:
             with Path(location).open("rb", buffering=0) as file:
                 file.seek(start)
                 data = file.read(size)
-    except (OSError, ValueError) as error:
-        raise _unreadable(location, error) from error
     if len(data) != size:
         raise DataError(
             f"Shard {shard_name(location)} gave {len(data)} bytes from byte {start} on instead of {size}; it has changed, check it again."
@@ -112,15 +109,43 @@ def read_beside(location: str, suffix: str) -> bytes | None:
     """
     head, query, tail = location.partition("?") if _is_remote(location) else (location, "", "")
     beside = head.removesuffix(".tar") + suffix + query + tail
-    try:
+    with _errors_of(beside):
         if not _is_remote(location):
-            return Path(beside).read_bytes()
+            return Path(beside).read_bytes() if os.path.exists(beside) else None
         system, path = _filesystem(beside)
-        return cast(bytes, system.cat_file(path))
-    except (FileNotFoundError, PermissionError):  # object stores answer "forbidden" for what is not there
-        return None
-    except (OSError, ValueError) as error:
-        raise _unreadable(beside, error) from error
+        try:
+            return cast(bytes, system.cat_file(path)) if system.exists(path) else None
+        except PermissionError:  # what object stores answer for a file that is not there
+            return None
+
+
+class _RemoteFile:
+    """A file of fsspec, whose back ends raise anything, as a file that raises OSError; a message names no URL, which may hold secrets."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __enter__(self) -> "_RemoteFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        wanted = min(size, self._file.size - self._file.tell())
+        try:
+            data = cast(bytes, self._file.read(size))
+        except Exception as error:
+            raise OSError(errno.EIO, _reason(error)) from error
+        if len(data) < wanted:
+            raise OSError(errno.EIO, "the connection ended early")
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def _is_remote(location: str) -> bool:
@@ -197,11 +222,9 @@ def _found(name: str, spec: str) -> list[str]:
     if _is_remote(name):
         if not any(sign in name for sign in ("*" if name.startswith("http") else "*?[")):
             return [name]
-        system, path = _filesystem(name)
-        try:
+        with _errors_of(name):
+            system, path = _filesystem(name)
             names = sorted(cast(list[str], system.glob(path)))
-        except (OSError, ValueError) as error:
-            raise _unreadable(name, error) from error
         found = [str(system.unstrip_protocol(path)) for path in names if path.endswith(".tar")]
     elif os.path.isdir(name):
         raise UsageError(f"{name!r} is a folder; name its shards, for example {str(Path(name) / '*.tar')!r}.")
@@ -227,8 +250,22 @@ def _filesystem(location: str) -> tuple[Any, str]:
         ) from error
 
 
-def _unreadable(location: str, error: Exception) -> DataError | UsageError:
-    if isinstance(error, FileNotFoundError):
-        return UsageError(f"Shard {shard_name(location)} is not there; correct the name.")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-    return DataError(f"Shard {shard_name(location)} cannot be read ({reason}); check access and connection, then run again.")
+@contextmanager
+def _errors_of(location: str) -> Generator[None]:
+    """Whatever fails inside is an error of ours that names the shard."""
+    try:
+        yield
+    except (TuDiffuseError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        what = "is not there, or its server does not answer" if _is_remote(location) else "is not there"
+        raise UsageError(f"Shard {shard_name(location)} {what}; correct the name.") from error
+    except Exception as error:  # the back ends of fsspec raise errors of their own libraries
+        raise DataError(f"Shard {shard_name(location)} cannot be read ({_reason(error)}); check access and connection, then run again.") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    status = getattr(error, "status", None)
+    return f"{type(error).__name__} {status}" if isinstance(status, int) else type(error).__name__

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from ..errors import DataError, OutputError, UsageError
 from .shard_check import Sample
+from .shard_scan import BLOCK
 from .shard_specs import open_shard, shard_name
 from .shards import ShardIndex
 
@@ -83,6 +84,7 @@ def _write_shard(location: str, samples: Sequence[Sample], path: Path) -> None:
             for sample in samples:
                 for start, end in zip(sample.spans[::2], sample.spans[1::2], strict=True):
                     _copy(source, start, end, file, location)
+                    file.write(bytes(-file.tell() % BLOCK))  # a member at the end of a cut file may lack its padding
             size = file.tell() + 1024
             file.write(bytes(1024 + -size % _RECORD))
 
