@@ -58,7 +58,9 @@ def _draw_distribution(draw: ImageDraw.ImageDraw, origin: tuple[int, int], panel
         return left + round((min(max(_scaled(value, logarithmic), first), last) - first) / (last - first) * width)
 
     highest = max(panel.counts)
-    low, high = panel.kept or (-math.inf, math.inf)
+    lowest_kept, highest_kept = panel.kept or (None, None)
+    low = -math.inf if lowest_kept is None else lowest_kept
+    high = math.inf if highest_kept is None else highest_kept
     for count, start, end in zip(panel.counts, panel.edges[:-1], panel.edges[1:], strict=True):
         if count:
             top = floor - max(1, round(count / highest * (floor - y - _TOP)))

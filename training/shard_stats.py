@@ -1,6 +1,5 @@
 """What a set of shards holds, in numbers: each column's distribution and missing values, and what each filter would drop."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from .columns import NUMBERS, Columns
 from .filters import Filters, active, aspect_ratio, drop_reasons, smaller_side, verdicts
 from .shard_check import Sample
 
+Range = tuple[float | None, float | None]
 BINS = 30
 _WORDS = 12  # of a column of words as many are told apart, the rest is "other"
 
@@ -20,7 +20,7 @@ class Distribution:
     """The numbers of one column: how many samples have one, how many do not, lowest, median, highest, and a histogram.
 
     `counts[i]` samples lie from `edges[i]` up to `edges[i + 1]`, the last bin includes its upper edge. `kept` is the range that the filters keep,
-    None without a filter. All of the histogram is empty when no sample has a number.
+    with None for no end, None without a filter. All of the histogram is empty when no sample has a number.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Distribution:
     highest: float | None
     edges: tuple[float, ...]
     counts: tuple[int, ...]
-    kept: tuple[float, float] | None
+    kept: Range | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def effects(filters: Filters, columns: Sequence[Columns]) -> tuple[list[FilterEf
     return found, sum(bool(each) for each in reasons)
 
 
-def _distribution(name: str, values: Sequence[float | None], kept: tuple[float, float] | None) -> Distribution:
+def _distribution(name: str, values: Sequence[float | None], kept: Range | None) -> Distribution:
     numbers = np.array([value for value in values if value is not None], dtype=np.float64)
     missing = len(values) - len(numbers)
     if not len(numbers):
@@ -113,17 +113,14 @@ def _words(name: str, values: Iterable[str | None], kept: str | None) -> Words:
     return Words(name, missing, common | ({"other": rest} if rest else {}), kept)
 
 
-def _kept_ranges(filters: Filters) -> dict[str, tuple[float, float]]:
+def _kept_ranges(filters: Filters) -> dict[str, Range]:
     """Between which values of which column a sample passes the filters."""
-    return {
-        name: (float(low), float(high))
-        for name, low, high, limit in (
-            ("unsafe", -math.inf, filters.max_unsafe, filters.max_unsafe),
-            ("watermark", -math.inf, filters.max_watermark, filters.max_watermark),
-            ("similarity", filters.min_similarity, math.inf, filters.min_similarity),
-            (f"aesthetic_{filters.aesthetic_version}", filters.min_aesthetic, math.inf, filters.min_aesthetic),
-            ("smaller_side", filters.min_size, math.inf, filters.min_size),
-            ("aspect", *(filters.aspect or (None, None)), filters.aspect),
-        )
-        if limit is not None and low is not None and high is not None
+    ranges: dict[str, Range] = {
+        "unsafe": (None, filters.max_unsafe),
+        "watermark": (None, filters.max_watermark),
+        "similarity": (filters.min_similarity, None),
+        f"aesthetic_{filters.aesthetic_version}": (filters.min_aesthetic, None),
+        "smaller_side": (filters.min_size, None),
+        "aspect": filters.aspect or (None, None),
     }
+    return {name: limits for name, limits in ranges.items() if limits != (None, None)}
