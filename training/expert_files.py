@@ -103,7 +103,7 @@ def write_model(
         entries: list[ExpertEntry] = []
         for draft in ordered:
             folder = store.write(draft)
-            entries.append(replace(draft.entry, subfolder=folder.name, sha256=expert_sha256(folder)))
+            entries.append(replace(draft.entry, subfolder=folder.name, sha256=store.hash_of(folder)))
         if not plain:
             write_experts(staged, entries)
     return tuple(entries)
@@ -209,6 +209,13 @@ class _Store:
         self._reserved = {draft.entry.subfolder for draft in drafts}
         self._copies: dict[Path, Path] = {}
         self._wholes: dict[tuple[str, bytes], Path] = {}
+        self._hashes: dict[Path, str] = {}
+
+    def hash_of(self, folder: Path) -> str:
+        """`expert_sha256` of a folder that was written; of a copy, what its source had."""
+        if folder not in self._hashes:
+            self._hashes[folder] = expert_sha256(folder)
+        return self._hashes[folder]
 
     def write(self, draft: Draft) -> Path:
         """Write an expert's weights and give their folder."""
@@ -218,7 +225,7 @@ class _Store:
             case OnBase(base, tensors, lora):
                 on = self.copied(base)
                 folder = self._free(draft.entry.subfolder, set(self._wanted.values()))
-                write_delta(folder, on, tensors)
+                write_delta(folder, on, tensors, self.hash_of(on))
                 if lora is not None:
                     shutil.copyfile(lora, folder / LORA)
             case Whole(source, tensors):
@@ -244,12 +251,13 @@ class _Store:
         self._wholes[content] = source
         folder = self._named(source)
         copy_folder(source, folder, self._copy)
+        self._hashes[folder] = content[0]
         return folder
 
     def _copied_delta(self, source: Path, base: Path) -> Path:
         on = self.copied(base)
         folder = self._named(source)
-        write_delta(folder, on, {})  # its base may have another name here
+        write_delta(folder, on, {}, self.hash_of(on))  # its base may have another name here
         for name in (TENSORS, LORA):
             if (source / name).exists():
                 self._copy(source / name, folder / name)

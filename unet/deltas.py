@@ -161,19 +161,20 @@ def read_expert(folder: Path, variant: str | None = None) -> dict[str, Stored]:
     return state
 
 
-def write_delta(folder: Path, base: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_delta(folder: Path, base: Path, tensors: Mapping[str, Tensor], base_sha256: str | None = None) -> None:
     """Write a new delta's files; the caller stages the model folder around it.
 
     Args:
         folder: made here; must not exist.
         base: the base, a folder beside it that is complete.
         tensors: what differs, see `differing`; may be empty.
+        base_sha256: `expert_sha256` of the base, where that is known already.
 
     Raises:
         OSError: a file could not be written.
     """
     folder.mkdir(parents=True)
-    content = {"version": VERSION, "base": base.name, "base_sha256": expert_sha256(base)}
+    content = {"version": VERSION, "base": base.name, "base_sha256": expert_sha256(base) if base_sha256 is None else base_sha256}
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if tensors:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS, metadata={"format": "pt"})
