@@ -120,8 +120,8 @@ def finetune(
     check_filters(filters, [sample.columns for sample in index.samples])
     reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
     plan = make_plan(options, folder, index, [i for i, reason in enumerate(reasons) if reason is None])
-    workers = join_workers()
-    reporter = _Reporter(as_json, options.batch_size * options.accumulate, workers.writes)
+    processes = join_workers()
+    reporter = _Reporter(as_json, options.batch_size * options.accumulate, processes.writes)
     reporter.plan(plan, Counter(reason for reason in reasons if reason is not None))
     if dry_run:
         reporter.say(_measured(plan, out, place))
@@ -134,7 +134,7 @@ def finetune(
             plan,
             out,
             reporter,
-            workers=workers,
+            workers=processes,
             should_stop=lambda: bool(stopped_by),
             draw_prompts=_drawer(plan, out, place),
             device=place,

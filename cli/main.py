@@ -13,8 +13,8 @@ import typer
 from .. import __version__
 from ..errors import TuDiffuseError
 from .doctor import doctor
-from .finetune import finetune
 from .experts import app as experts
+from .finetune import finetune
 from .generate import generate
 from .info import info
 from .options import EXIT_CODES

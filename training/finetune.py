@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
 from .batches import Fitted, ahead, batch_plan, crop_generator, fit, make_buckets, nearest_bucket
 from .config import FinetuneConfig
-from .expert_files import Draft, Kept, Whole, write_model
+from .expert_files import Draft, Kept, weights_for, write_model
 from .loop import Logged, TrainConfig, generator_for, train
 from .lora import add_adapters, pairs_of, write_diffusers, write_kohya
 from .objective import Draw, Objective, denoising_loss, draw
@@ -308,7 +308,8 @@ def write_result(plan: Plan, weights: Mapping[str, Tensor], lora_to: Path | None
                     write_diffusers(lora_to / name, pairs, config.lora, _alpha(config))
             state = _merged(state, pairs, _alpha(config) / config.lora)
         dtype = _stored_dtype(folder.path / entry.subfolder)
-        drafts.append(Draft(entry, Whole(folder.path / entry.subfolder, {name: tensor.detach().cpu().to(dtype) for name, tensor in state.items()})))
+        tensors = {name: tensor.detach().cpu().to(dtype) for name, tensor in state.items()}
+        drafts.append(Draft(entry, weights_for(folder.path / entry.subfolder, tensors)))
     write_model(folder, drafts, target)
 
 

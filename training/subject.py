@@ -18,6 +18,7 @@ from ..unet.experts import ExpertEntry
 from ..unet.unet import UNet
 from ..vae.codec import LatentCodec
 from .batches import Fitted
+from .expert_files import verified
 from .objective import Draw, Predict
 
 MARGIN = 50  # timesteps beyond its borders that a single expert is trained on: hard disjoint ranges are fragile (MEME, arXiv 2306.04990)
@@ -53,13 +54,17 @@ def load_subject(folder: ModelFolder, expert: str | None, device: torch.device) 
     """Load a model to train all its experts, each on the timesteps it owns, or one of them on its own and a margin.
 
     Raises:
-        UsageError: there is no expert of that name.
-        ModelError: weights that are missing, damaged or do not fit.
+        UsageError: there is no expert of that name, or one that reads prompts in its own way.
+        ModelError: weights that are missing, damaged, not those that were recorded, or do not fit.
     """
     known = {entry.name: entry for entry in folder.experts}
     if expert is not None and expert not in known:
         raise UsageError(f"--expert {expert!r} is not in {folder.name!r}; it has {', '.join(known)}.")
     entries = list(known.values()) if expert is None else [known[expert]]
+    for entry in entries:
+        if entry.text is not None:
+            raise UsageError(f"expert {entry.name!r} reads prompts in its own way; fine-tune the folder it came from, or name another --expert.")
+    verified(folder)
     owned = {entry.name: _timesteps(folder, entry) for entry in entries}
     if expert is not None:
         (first, end), last = owned[expert], len(folder.noise.sigmas)

@@ -133,6 +133,7 @@ def test_unused_vector_is_refused():
         ask(random_unet("sd1"), **inputs("sd1"), pooled=torch.zeros(2, 20))
 
 
+@torch.no_grad()
 def test_upcast_attention_runs_in_float32():
     fields = FAMILIES["sd2"]
     given = {name: tensor.bfloat16() for name, tensor in inputs("sd2").items()}
