@@ -84,9 +84,8 @@ def _write_shard(location: str, samples: Sequence[Sample], path: Path) -> None:
             for sample in samples:
                 for start, end in zip(sample.spans[::2], sample.spans[1::2], strict=True):
                     _copy(source, start, end, file, location)
-                    file.write(bytes(-file.tell() % BLOCK))  # a member at the end of a cut file may lack its padding
-            size = file.tell() + 1024
-            file.write(bytes(1024 + -size % _RECORD))
+            end = file.tell() + -file.tell() % BLOCK + 2 * BLOCK  # the last member of a cut shard may lack its padding
+            file.write(bytes(end + -end % _RECORD - file.tell()))
 
         publish(write, path)
 
