@@ -28,7 +28,7 @@ INDEX = {
     "vae": ["diffusers", "AutoencoderDC"],
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
 }
-DEFAULTS = {"width": 128, "height": 128, "steps": 20, "sampler": "dpmpp_2m", "schedule": "trailing", "guidance": 2.0}
+DEFAULTS = {"width": 128, "height": 128, "steps": 20, "sampler": "dpmpp_2m", "schedule": "trailing", "guidance": 3.0}
 
 
 def copy_part(source: Path, target: Path, stem: str = "diffusion_pytorch_model") -> None:
