@@ -124,7 +124,7 @@ def stats(
     check's, dropped, kept, plot).
     """
     del debug  # read in main.py
-    from ..training.filters import make_filters
+    from ..training.filters import aspect_range, make_filters
     from ..training.shard_stats import distributions, effects, words
 
     filters = make_filters(
@@ -136,7 +136,7 @@ def stats(
         max_watermark=max_watermark,
         min_similarity=min_similarity,
         min_size=min_size,
-        aspect=_pair(aspect),
+        aspect=aspect_range(aspect),
         missing=missing,
     )
     if plot is not None and plot.suffix.lower() != ".png":
@@ -210,7 +210,7 @@ def filter_shards(
     kept).
     """
     del debug  # read in main.py
-    from ..training.filters import active, check_filters, drop_reason, make_filters
+    from ..training.filters import active, aspect_range, check_filters, drop_reason, make_filters
     from ..training.shard_specs import shard_name
     from ..training.shard_writer import write_filtered
 
@@ -223,7 +223,7 @@ def filter_shards(
         max_watermark=max_watermark,
         min_similarity=min_similarity,
         min_size=min_size,
-        aspect=_pair(aspect),
+        aspect=aspect_range(aspect),
         missing=missing,
     )
     if not active(filters) and not skip_damaged:
@@ -295,13 +295,3 @@ def _print_summary(summary: dict[str, object], as_json: bool) -> None:
 def _print_text(facts: dict[str, object]) -> None:
     for line in lines_of({name: None if value in ({}, []) else value for name, value in facts.items()}):
         print(line)
-
-
-def _pair(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--aspect {text!r} is not two numbers; write for example 0.5,2.") from None
-    return low, high

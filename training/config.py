@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
-from .filters import Filters, make_filters
+from .filters import Filters, aspect_range, make_filters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,19 +205,9 @@ def filters_of(config: FinetuneConfig) -> Filters:
         max_watermark=config.max_watermark,
         min_similarity=config.min_similarity,
         min_size=config.min_size,
-        aspect=_pair(config.aspect),
+        aspect=aspect_range(config.aspect),
         missing=config.missing,
     )
-
-
-def _pair(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--aspect {text!r} is not two numbers; write for example 0.5,2.") from None
-    return low, high
 
 
 def _flag(name: str) -> str:

@@ -77,6 +77,21 @@ def make_filters(preset: str | None = None, **limits: object) -> Filters:
     return replace(Filters() if preset is None else PRESETS[preset], **given)
 
 
+def aspect_range(text: str | None) -> tuple[float, float] | None:
+    """The two numbers of "low,high"; None stays None.
+
+    Raises:
+        UsageError: it is not two numbers.
+    """
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--aspect {text!r} is not two numbers; write for example 0.5,2.") from None
+    return low, high
+
+
 def drop_reasons(filters: Filters, columns: Columns) -> tuple[str, ...]:
     """Every reason for which a sample is dropped, in the order of `NAMES`: a name where the value fails, "NAME missing" where there is none."""
     return tuple(
