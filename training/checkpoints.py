@@ -6,7 +6,6 @@ torn one is passed over.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .staging import sync
 
 _PARTS = ("model", "average", "optimizer")
 
@@ -48,11 +49,11 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     hashes = {file.name: _sha256(file) for file in sorted(staged.iterdir())}
     (staged / "manifest.json").write_text(json.dumps(hashes))
     for file in staged.iterdir():
-        _sync(file)
-    _sync(staged)
+        sync(file)
+    sync(staged)
     shutil.rmtree(final, ignore_errors=True)
     staged.rename(final)
-    _sync(folder)
+    sync(folder)
     for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
         shutil.rmtree(old)
     return final
@@ -91,11 +92,3 @@ def _is_whole(folder: Path) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,11 +29,11 @@ def staged_folder(out: Path) -> Generator[Path]:
         staged.mkdir()
         yield staged
         for path in [*sorted(staged.rglob("*")), staged]:
-            _sync(path)
+            sync(path)
         if os.path.lexists(out):
             raise UsageError(f"--out {out.name!r} was made by another program meanwhile and is not overwritten; give another name.")
         staged.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"--out {out.name!r} cannot be written ({error}); free space or give another place.") from error
     finally:
@@ -53,7 +53,8 @@ def linked(source: Path, target: Path) -> None:
     os.link(os.path.realpath(source), target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or folder written to the disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -27,16 +27,6 @@ from tu_diffuse.unet.deltas import INDEX, LORA, TENSORS, chain
 INF = math.inf
 
 
-@pytest.fixture
-def plain(sd1_folder: Path) -> ModelFolder:
-    return open_folder(sd1_folder)
-
-
-@pytest.fixture
-def ensemble(ensemble_folder: Path) -> ModelFolder:
-    return open_folder(ensemble_folder)
-
-
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_fork_draws_what_its_parent_drew(plain: ModelFolder, tmp_path: Path, whole: bool):
     before = files(plain.path)

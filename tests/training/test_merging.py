@@ -14,16 +14,6 @@ from tu_diffuse.training.forking import fork
 from tu_diffuse.training.merging import merge, merged_state
 
 
-@pytest.fixture
-def plain(sd1_folder: Path) -> ModelFolder:
-    return open_folder(sd1_folder)
-
-
-@pytest.fixture
-def ensemble(ensemble_folder: Path) -> ModelFolder:
-    return open_folder(ensemble_folder)
-
-
 def test_fork_then_merge_gives_the_folder_back(plain: ModelFolder, tmp_path: Path):
     fork(plain, at(plain, 300), tmp_path / "forked")
     merged = merge(open_folder(tmp_path / "forked"), tmp_path / "merged")
