@@ -11,22 +11,26 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..attention import AttentionBackend
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
-from .batches import Fitted, ahead, batch_plan, crop_generator, fit, make_buckets, nearest_bucket
+from ..pipeline.loading import load_codec, load_text
+from .batches import ahead, batch_plan, crop_generator, make_buckets, nearest_bucket
 from .config import FinetuneConfig
 from .expert_files import Draft, Kept, weights_for, write_model
 from .loop import Logged, TrainConfig, generator_for, train
 from .lora import add_adapters, pairs_of, write_diffusers, write_kohya
 from .objective import Draw, Objective, denoising_loss, draw
 from .shards import ShardIndex
-from .subject import Subject, condition, latents_of, load_subject, predictor
+from .sources import Source, picture_source
+from .subject import Subject, load_subject, predictor
 from .workers import ALONE, Workers
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -45,7 +49,7 @@ class Plan:
         trained: sample numbers trained on.
         held_out: sample numbers of the validation loss.
         sizes: the buckets, (width, height).
-        bucket_of: bucket of each trained sample.
+        bucket_of: bucket of each sample of either.
     """
 
     config: FinetuneConfig
@@ -54,7 +58,7 @@ class Plan:
     trained: tuple[int, ...]
     held_out: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
-    bucket_of: tuple[int, ...]
+    bucket_of: Mapping[int, int]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def make_plan(config: FinetuneConfig, folder: ModelFolder, index: ShardIndex, ke
     held_out, trained = order[:count], sorted(order[count:])
     if len(trained) < config.batch_size:
         raise UsageError(f"{len(trained)} samples are left to train on, fewer than --batch-size {config.batch_size}; loosen the filters or lower it.")
-    buckets = tuple(_bucket(index, i, sizes) for i in trained)
+    buckets = {number: _bucket(index, number, sizes) for number in order}
     return Plan(config, folder, index, tuple(trained), tuple(held_out), sizes, buckets)
 
 
@@ -166,8 +170,9 @@ def finetune(
         log_every=min(20, config.steps),
         when_full=config.when_full,
     )
-    loss_at = _losses(plan, subject, objective, workers)
-    observe = _observer(plan, subject, objective, out, report, workers, draw_prompts)
+    source = open_source(plan, where)
+    loss_at = _losses(plan, subject, source, objective, workers)
+    observe = _observer(plan, subject, source, objective, out, report, workers, draw_prompts)
     trained = train(
         subject.unets,
         loss_at,
@@ -188,32 +193,36 @@ def _alpha(config: FinetuneConfig) -> float:
     return float(config.lora or 0) if config.lora_alpha is None else config.lora_alpha
 
 
-def _losses(plan: Plan, subject: Subject, objective: Objective, workers: Workers) -> Callable[[int], Mapping[str, Tensor]]:
+def open_source(plan: Plan, device: torch.device) -> Source:
+    """Where the samples of a run come from, with the frozen parts of the model that it needs in memory."""
+    text = load_text(plan.folder, torch.float32, device, AttentionBackend.AUTO)
+    codec, _ = load_codec(plan.folder, torch.float32, device, AttentionBackend.AUTO)
+    return picture_source(plan.folder, plan.index, codec, text, device)
+
+
+def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, workers: Workers) -> Callable[[int], Mapping[str, Tensor]]:
     """The loss of a micro-step; its batches are read ahead, and taken up at the step that is asked for first."""
     config = plan.config
-    batches: Iterator[list[tuple[int, Fitted]]] = iter(())
+    batches: Iterator[list[tuple[int, Any]]] = iter(())
     following = -1
 
-    def read(sample: int) -> tuple[int, Fitted]:
+    def read(sample: int) -> tuple[int, Any]:
         number = plan.trained[sample]
-        return number, fit(plan.index.picture(number), plan.sizes[plan.bucket_of[sample]], crop_generator(config.seed, number))
+        return number, source.read(number, plan.sizes[plan.bucket_of[number]], crop_generator(config.seed, number))
 
     def loss_at(step: int) -> Mapping[str, Tensor]:
         nonlocal batches, following
         if step != following:
-            rows = (batch[workers.rows] for i, batch in enumerate(batch_plan(plan.bucket_of, config.batch_size, config.seed)) if i >= step)
-            batches = ahead(read, rows, config.workers)
+            planned = batch_plan([plan.bucket_of[number] for number in plan.trained], config.batch_size, config.seed)
+            batches = ahead(read, (batch[workers.rows] for batch in islice(planned, step, None)), config.workers)
         following = step + 1
         samples = next(batches)
         generator = generator_for(config.seed, step)
         posteriors = [generator_for(config.seed, (step + 1) * (1 << 20) + number) for number, _ in samples]
-        fitted = [one for _, one in samples]
-        latents = latents_of(subject, fitted, posteriors)
-        drawn = draw(objective, (config.batch_size, *latents.shape[1:]), generator).rows(workers.rows)
-        captions = [plan.index.samples[number].caption for number, _ in samples]
+        batch = source.batch([row for _, row in samples], posteriors)
+        drawn = draw(objective, (config.batch_size, *batch.latents.shape[1:]), generator).rows(workers.rows)
         with torch.autocast(subject.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            predict = predictor(subject, lambda d: condition(subject, captions, d, fitted))
-            return denoising_loss(predict, objective, latents, _on(drawn, subject.device))
+            return denoising_loss(predictor(subject, batch.said), objective, batch.latents, _on(drawn, subject.device))
 
     return loss_at
 
@@ -222,7 +231,7 @@ def _on(drawn: Draw, device: torch.device) -> Draw:
     return Draw(drawn.t.to(device), drawn.noise.to(device), drawn.keep_clip, drawn.keep_t5)
 
 
-def validation_loss(plan: Plan, subject: Subject, objective: Objective) -> dict[str, float]:
+def validation_loss(plan: Plan, subject: Subject, source: Source, objective: Objective) -> dict[str, float]:
     """Mean squared error on the held-out samples at fixed noise levels and with fixed noise, captions kept: "t100" -> loss, and so on.
 
     Middle cuts, posterior means; the same numbers for the same weights whenever it is called.
@@ -230,27 +239,35 @@ def validation_loss(plan: Plan, subject: Subject, objective: Objective) -> dict[
     first, end = objective.t_min, objective.t_max
     levels = [first + int(share * (end - first)) for share in VALIDATION_LEVELS]
     sums = dict.fromkeys(levels, 0.0)
-    size, batch_size = plan.sizes[0], plan.config.batch_size
     plain = replace(objective, min_snr=None)
-    for start in range(0, len(plan.held_out), batch_size):
-        numbers = plan.held_out[start : start + batch_size]
-        fitted = [fit(plan.index.picture(number), size) for number in numbers]
+    for numbers in _of_one_bucket(plan.held_out, plan):
+        size = plan.sizes[plan.bucket_of[numbers[0]]]
+        batch = source.batch([source.read(number, size, None) for number in numbers], None)
+        shape = batch.latents.shape[1:]
         with torch.no_grad():
-            latents = subject.codec.encode(torch.stack([one.pixels for one in fitted]).to(subject.device)).latents
-            noise = torch.cat([torch.randn((1, *latents.shape[1:]), generator=generator_for(plan.config.seed, (1 << 36) + n)) for n in numbers])
+            noise = torch.cat([torch.randn((1, *shape), generator=generator_for(plan.config.seed, (1 << 36) + number)) for number in numbers])
             kept = torch.ones(len(numbers), dtype=torch.bool)
-            captions = [plan.index.samples[number].caption for number in numbers]
             drawn = Draw(torch.full((len(numbers),), first), noise, kept, kept)
-            said = condition(subject, captions, drawn, fitted)
+            said = batch.said(drawn)
             for level in levels:
                 at = _on(replace(drawn, t=torch.full((len(numbers),), level)), subject.device)
-                sums[level] += denoising_loss(predictor(subject, lambda _: said), plain, latents, at)["loss"].item() * len(numbers)  # noqa: B023
+                predict = predictor(subject, lambda _, said=said: said)
+                sums[level] += denoising_loss(predict, plain, batch.latents, at)["loss"].item() * len(numbers)
     return {f"t{level}": total / len(plan.held_out) for level, total in sums.items()}
+
+
+def _of_one_bucket(numbers: Sequence[int], plan: Plan) -> Iterator[list[int]]:
+    """Samples in batches, each of one bucket."""
+    for bucket in range(len(plan.sizes)):
+        inside = [number for number in numbers if plan.bucket_of[number] == bucket]
+        for start in range(0, len(inside), plan.config.batch_size):
+            yield inside[start : start + plan.config.batch_size]
 
 
 def _observer(
     plan: Plan,
     subject: Subject,
+    source: Source,
     objective: Objective,
     out: Path,
     report: Callable[[Logged | str], None],
@@ -268,7 +285,7 @@ def _observer(
             now = {name: tensor.detach().clone() for name, tensor in subject.unets.state_dict().items() if name in weights}
             subject.unets.load_state_dict(dict(weights), strict=False)
             subject.unets.eval()
-            losses = validation_loss(plan, subject, objective)
+            losses = validation_loss(plan, subject, source, objective)
             subject.unets.train()
             subject.unets.load_state_dict(now, strict=False)
             folder.mkdir(exist_ok=True)

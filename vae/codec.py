@@ -72,6 +72,12 @@ def _affine(config: LatentConfig, like: Tensor) -> tuple[Tensor | float, Tensor 
     return 0.0 if config.shift_factor is None else config.shift_factor, config.scaling_factor
 
 
+def sample_posterior(mean: Tensor, std: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """One draw from each Gaussian of mean and std (batch, c, h, w), with one CPU generator a row."""
+    noise = torch.cat([torch.randn((1, *mean.shape[1:]), generator=generator) for generator in generators])
+    return mean + std * noise.to(mean.device)
+
+
 def to_uint8(pixels: Tensor) -> Tensor:
     """(batch, 3, h, w) in [-1, 1] to (batch, h, w, 3) uint8: clamped to [0, 1] after (x + 1)/2, times 255, rounded to nearest (even at .5)."""
     return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -108,18 +114,24 @@ class LatentCodec:
             DataError: sides that are not multiples of config.downscale.
             RenderError: values that are not finite, in the pictures or in float32 latents.
         """
+        mean, std, fallbacks = self.posterior(pixels)
+        return Encoded(mean if generators is None else sample_posterior(mean, std, generators), fallbacks)
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[tuple[str, ...], ...]]:
+        """The diagonal Gaussian q(z|x) of each picture in the denoiser's scale: mean and standard deviation, float32; and `Encoded.fallbacks`.
+
+        Arguments and errors as of `encode`.
+        """
         factor = self.config.downscale
         if pixels.shape[2] % factor or pixels.shape[3] % factor:
             raise DataError(
                 f"A picture of {pixels.shape[3]}×{pixels.shape[2]} came to the VAE; wanted sides that are multiples of {factor}; crop it."
             )
-
         gaussian, fallbacks = _finite(self.vae, self._moments, pixels, "pictures to encode")
         mean, logvar = gaussian.chunk(2, dim=1)
-        if generators is not None:
-            noise = torch.cat([torch.randn((1, *mean.shape[1:]), generator=generator) for generator in generators])
-            mean = mean + (0.5 * logvar).exp() * noise.to(mean.device)
-        return Encoded(scale_latents(self.config, mean), fallbacks)
+        _, scale = _affine(self.config, mean)
+        return scale_latents(self.config, mean), (0.5 * logvar).exp() * scale, fallbacks
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Decoded:

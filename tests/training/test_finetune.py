@@ -18,11 +18,11 @@ from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.training.batches import fit
 from tu_diffuse.training.config import FinetuneConfig
-from tu_diffuse.training.finetune import LORA_FILE, Plan, finetune, make_plan
+from tu_diffuse.training.finetune import LORA_FILE, Plan, finetune, make_plan, open_source
 from tu_diffuse.training.loop import InterruptedRunError, Logged
 from tu_diffuse.training.objective import Objective, denoising_loss, draw
 from tu_diffuse.training.shards import ShardIndex, index_shards
-from tu_diffuse.training.subject import condition, latents_of, load_subject, predictor
+from tu_diffuse.training.subject import load_subject, predictor
 from world import STAGES
 
 CPU = torch.device("cpu")
@@ -62,9 +62,11 @@ def test_the_loss_is_that_of_diffusers_own_classes(request: pytest.FixtureReques
     objective = Objective(sigmas=noise.sigmas, t_min=0, t_max=1000, prediction_type=noise.prediction_type, drop_all=0, drop_clip=0)
     fitted = [fit(index.picture(i), (32, 32)) for i in range(4)]
     captions = [index.samples[i].caption for i in range(4)]
-    latents = latents_of(subject, fitted, [torch.Generator().manual_seed(i) for i in range(4)])
+    source = open_source(plan, CPU)
+    batch = source.batch([source.read(i, (32, 32), None) for i in range(4)], [torch.Generator().manual_seed(i) for i in range(4)])
+    latents = batch.latents
     drawn = draw(objective, tuple(latents.shape), torch.Generator().manual_seed(1))
-    ours = denoising_loss(predictor(subject, lambda d: condition(subject, captions, d, fitted)), objective, latents, drawn)["loss"]
+    ours = denoising_loss(predictor(subject, batch.said), objective, latents, drawn)["loss"]
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
     pixels = torch.stack([one.pixels for one in fitted])
