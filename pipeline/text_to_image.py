@@ -5,8 +5,10 @@
 Each line of it leads to one folder: text_encoders/, seeds.py, schedulers/, unet/, vae/.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from ..errors import RenderError, UsageError
 from ..schedulers.guidance import Apg, Guidance, GuidedDenoiser, expert_scale
 from ..schedulers.registry import sampler_info
 from ..schedulers.schedules import make_schedule
-from ..unet.experts import ExpertTable
+from ..schedulers.step import stages
 from ..vae.codec import to_uint8
 from .loading import Encode, Model
 from .request import Request
@@ -84,29 +86,25 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
     generators = streams(request.seeds)
     shape = (model.channels, request.height // model.folder.factor, request.width // model.folder.factor)
     noise = draw(generators, shape).to(model.device)
+    fresh = noise_source(generators, shape, model.device)
 
     # Schedule: the noise levels that the sampler visits.
     schedule = make_schedule(model.folder.noise, request.sampler, request.steps, spacing=request.schedule, sigmas=request.sigmas)
     sampler = sampler_info(request.sampler)
     options = {} if request.eta is None else {"eta": request.eta}
 
-    # Denoise: the sampler asks the guided experts, one step after the other.
-    experts = model.experts.table(schedule.timestep_at)
-    denoise = _guided(experts, _guidance(model, request), told)
-    steps = sampler.function(
-        denoise,
-        noise * schedule.initial_scale,
-        schedule.sigmas,
-        noise_source(generators, shape, model.device),
-        borders=experts.borders,
-        **options,
-    )
-    latents, used = noise, list[tuple[str, float, float]]()
-    for step in steps:
-        expert = experts.expert_for(step.sigma).name
-        latents = step.x
-        used.append((expert, step.sigma, step.sigma_next))
-        yield Progress(step.index, request.steps, step.sigma, expert, step.x0)
+    # Denoise: from expert to expert, the sampler asks the one whose noise levels these are, guided by what it is told.
+    experts, guidance = model.experts.table(schedule.timestep_at), _guidance(model, request)
+    latents, used = noise * schedule.initial_scale, list[tuple[str, float, float]]()
+    for first, end in stages(schedule.sigmas, experts.borders):
+        said = told[experts.expert_for(float(schedule.sigmas[first])).name]
+        denoise = partial(GuidedDenoiser(experts, guidance, said.negative), conditioning=said.prompt)
+        steps = sampler.function(denoise, latents, schedule.sigmas, fresh, borders=experts.borders, first=first, **options)
+        for step in islice(steps, end - first):
+            expert = experts.expert_for(step.sigma).name
+            latents = step.x
+            used.append((expert, step.sigma, step.sigma_next))
+            yield Progress(step.index, request.steps, step.sigma, expert, step.x0)
 
     # Decode: one picture at a time, so that the memory it takes does not grow with the batch.
     failed: list[RenderError] = []
@@ -189,17 +187,6 @@ def _encode(model: Model, request: Request) -> dict[str, _Told]:
         overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
         told[encode] = _Told(_rows(prompt.conditioning, len(request.seeds)), negative.conditioning, overflow)
     return {name: told[encode] for name, encode in readers.items()}
-
-
-def _guided(experts: ExpertTable, guidance: Guidance, told: Mapping[str, _Told]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The denoiser of a run, for batches of one noise level: the expert that owns it, guided by what that expert is told."""
-    guided = {said: GuidedDenoiser(experts, guidance, said.negative) for said in told.values()}
-
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        said = told[experts.expert_for(float(sigma[0])).name]
-        return guided[said](x, sigma, said.prompt)
-
-    return denoise
 
 
 def _rows(one: Conditioning, count: int) -> Conditioning:

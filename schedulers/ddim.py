@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
 from ..errors import UsageError
-from .step import BoundDenoiser, NoiseSource, Step, batch_sigma
+from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, intervals
 
 
-def ddim(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = (), eta: float = 0.0) -> Iterator[Step]:
+def ddim(
+    denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = (), first: int = 0, eta: float = 0.0
+) -> Iterator[Step]:
     """Jump to the predicted x0 and add back noise of which the share eta² is fresh (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16).
 
     The paper's x and sigma_t(eta), both divided by sqrt(ābar of the next level), are in the variance-exploding scale
@@ -26,6 +27,7 @@ def ddim(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, 
         sigmas: (steps + 1,) falling; the last is usually 0.
         noise: called once a step when eta > 0, except for a step that ends at sigma 0.
         borders: no effect; there is no history to restart.
+        first: number of the step to begin with, see `step.py`.
         eta: 0..1, share of fresh noise.
 
     Yields:
@@ -37,8 +39,7 @@ def ddim(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, 
     del borders
     if not 0 <= eta <= 1:
         raise UsageError(f"eta is {eta}; wanted a number from 0 (deterministic) to 1 (all noise fresh)")
-    levels = sigmas.tolist()
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    for i, sigma, sigma_next in intervals(sigmas, first):
         x0 = denoise(x, batch_sigma(sigmas[i], x))
         up = eta * sigma_next * math.sqrt(sigma**2 - sigma_next**2) / sigma
         x = x0 + (x - x0) * (math.sqrt(sigma_next**2 - up**2) / sigma)

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, crosses
+from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, crosses, intervals
 
 
-def dpmpp_sde(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = ()) -> Iterator[Step]:
+def dpmpp_sde(
+    denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = (), first: int = 0
+) -> Iterator[Step]:
     """Two ancestral steps from the same start: to the midpoint in log sigma, then, with the x0 found there, to the end (k-diffusion's
     `sample_dpmpp_sde`, r = 1/2).
 
@@ -24,12 +25,12 @@ def dpmpp_sde(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSou
         sigmas: (steps + 1,) falling; the last is usually 0.
         noise: called twice a step; once for a step across a border, not at all for a step that ends at sigma 0.
         borders: sigmas at which the expert changes.
+        first: number of the step to begin with, see `step.py`.
 
     Yields:
         One `Step` for each interval of sigmas.
     """
-    levels = sigmas.tolist()
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    for i, sigma, sigma_next in intervals(sigmas, first):
         x0 = denoise(x, batch_sigma(sigmas[i], x))
         if sigma_next == 0:
             x = x0

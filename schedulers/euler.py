@@ -1,14 +1,13 @@
 """Euler's method on the probability-flow ODE."""
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
-from .step import BoundDenoiser, NoiseSource, Step, batch_sigma
+from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, intervals
 
 
-def euler(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = ()) -> Iterator[Step]:
+def euler(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = (), first: int = 0) -> Iterator[Step]:
     """Follow dx/dsigma = (x − x0)/sigma with one evaluation a step; order 1 (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without its lines
     6-8).
 
@@ -18,13 +17,13 @@ def euler(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource,
         sigmas: (steps + 1,) falling; the last is usually 0.
         noise: not called; Euler is deterministic.
         borders: no effect; Euler has no history to restart.
+        first: number of the step to begin with, see `step.py`.
 
     Yields:
         One `Step` for each interval of sigmas.
     """
     del noise, borders
-    levels = sigmas.tolist()
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    for i, sigma, sigma_next in intervals(sigmas, first):
         x0 = denoise(x, batch_sigma(sigmas[i], x))
         x = x0 + (x - x0) * (sigma_next / sigma)
         yield Step(i, sigma, sigma_next, x, x0)

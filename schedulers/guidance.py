@@ -141,7 +141,8 @@ class GuidedDenoiser:
     """A `Denoiser` with guidance around it.
 
     cond and uncond run as one batch, uncond first. The joined conditioning is made once for each conditioning and kept while that one lives, so
-    that a network can cache what it computes from it. One instance serves one run: with APG momentum it holds the sum of the run's past updates.
+    that a network can cache what it computes from it. One instance serves one expert's part of one run: with APG momentum it holds the sum of that
+    part's past updates.
     """
 
     def __init__(self, denoise: Denoiser, guidance: Guidance, negative: Conditioning) -> None:

@@ -1,14 +1,13 @@
 """Heun's method on the probability-flow ODE."""
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
-from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, crosses
+from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, crosses, intervals
 
 
-def heun(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = ()) -> Iterator[Step]:
+def heun(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = (), first: int = 0) -> Iterator[Step]:
     """Average the slopes at both ends of the step; order 2, two evaluations (Karras et al. 2022, arXiv 2206.00364, algorithm 1 without churn).
 
     A step to sigma 0 is an Euler step, as in the paper, and so is a step across a border: its second evaluation would ask one expert about a level
@@ -20,13 +19,13 @@ def heun(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, 
         sigmas: (steps + 1,) falling; the last is usually 0.
         noise: not called; the method is deterministic.
         borders: sigmas at which the expert changes.
+        first: number of the step to begin with, see `step.py`.
 
     Yields:
         One `Step` for each interval of sigmas.
     """
     del noise
-    levels = sigmas.tolist()
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    for i, sigma, sigma_next in intervals(sigmas, first):
         x0 = denoise(x, batch_sigma(sigmas[i], x))
         slope = (x - x0) * (1 / sigma)
         if sigma_next == 0 or crosses(borders, sigma, sigma_next):

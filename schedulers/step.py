@@ -1,15 +1,18 @@
 """What every sampler takes and yields.
 
-A sampler is a generator function `sampler(denoise, x, sigmas, noise, *, borders=())`. It keeps its state in its own frame: the caller may stop
-pulling, pull from another sampler and come back. It draws random numbers from `noise` only. Run it under `torch.no_grad()` or
-`torch.inference_mode()`: entering such a context is the caller's part, because a generator would leave it open between two steps.
+A sampler is a generator function `sampler(denoise, x, sigmas, noise, *, borders=(), first=0)`. It keeps its state in its own frame: the caller may
+stop pulling, pull from another sampler and come back. At a border no history is left, so there a run can also be stopped for good and taken up by
+another call: with the latents that the last step left, the same noise streams, and `first` the number of the next step (`stages` says where). It
+draws random numbers from `noise` only. Run it under `torch.no_grad()` or `torch.inference_mode()`: entering such a context is the caller's part,
+because a generator would leave it open between two steps.
 
 Coefficients are Python floats (double precision); tensors are touched only by additions and multiplications element by element, so a picture's
 numbers do not depend on the batch it is in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -52,6 +55,25 @@ def crosses(borders: Sequence[float], sigma: float, sigma_next: float) -> bool:
         sigma_next: where it ends, <= sigma.
     """
     return any(sigma_next < border <= sigma for border in borders)
+
+
+def intervals(sigmas: Tensor, first: int) -> Iterator[tuple[int, float, float]]:
+    """The steps of a run from number `first` on: (number, sigma, next sigma)."""
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        if i >= first:
+            yield i, sigma, sigma_next
+
+
+def stages(sigmas: Tensor, borders: Sequence[float]) -> list[tuple[int, int]]:
+    """The runs of steps between borders, [first, end), in their order: what each expert does of a run.
+
+    Args:
+        sigmas: (steps + 1,) falling.
+        borders: sigmas at which the expert changes, in any order.
+    """
+    last = len(sigmas) - 1
+    ends = [i + 1 for i, sigma, sigma_next in intervals(sigmas, 0) if i + 1 < last and crosses(borders, sigma, sigma_next)]
+    return list(pairwise([0, *ends, last]))
 
 
 def batch_sigma(sigma: Tensor, x: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
-from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, crosses
+from .step import BoundDenoiser, NoiseSource, Step, batch_sigma, crosses, intervals
 
 
-def unipc(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = ()) -> Iterator[Step]:
+def unipc(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource, *, borders: Sequence[float] = (), first: int = 0) -> Iterator[Step]:
     """Predict as DPM-Solver++(2M) does, then correct the arrival with the evaluation made there; order 2, one evaluation a step.
 
     Zhao et al. 2023, arXiv 2302.04867, algorithms 5 and 6 (data prediction, B(h) = e^h − 1, p = 2), in the variance-exploding scale. Each evaluation
@@ -22,15 +21,15 @@ def unipc(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource,
         sigmas: (steps + 1,) falling; the last is usually 0.
         noise: not called; the method is deterministic.
         borders: sigmas at which the expert changes; history and correction restart there.
+        first: number of the step to begin with, see `step.py`.
 
     Yields:
         One `Step` for each interval of sigmas; its x is the prediction, which the next step corrects.
     """
     del noise
-    levels = sigmas.tolist()
     start = x  # corrected latents at the start of the previous step
     history: list[tuple[float, Tensor]] = []  # (sigma, x0) of this expert's last two evaluations
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    for i, sigma, sigma_next in intervals(sigmas, first):
         x0 = denoise(x, batch_sigma(sigmas[i], x))
         if history:
             x = _correct(start, sigma, x0, history)
@@ -39,7 +38,7 @@ def unipc(denoise: BoundDenoiser, x: Tensor, sigmas: Tensor, noise: NoiseSource,
         if sigma_next == 0:
             yield Step(i, sigma, sigma_next, x0, x0)
             return
-        x = _predict(x, sigma_next, history[-1:] if i == len(levels) - 2 else history)
+        x = _predict(x, sigma_next, history[-1:] if i == len(sigmas) - 2 else history)
         if crosses(borders, sigma, sigma_next):
             history = []
         yield Step(i, sigma, sigma_next, x, x0)

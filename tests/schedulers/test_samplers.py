@@ -9,7 +9,7 @@ from tu_diffuse.errors import UsageError
 from tu_diffuse.schedulers.noise import NoiseSchedule, scaled_linear_betas
 from tu_diffuse.schedulers.registry import SAMPLERS, sampler_info
 from tu_diffuse.schedulers.schedules import make_schedule
-from tu_diffuse.schedulers.step import crosses
+from tu_diffuse.schedulers.step import crosses, stages
 
 NOISE = NoiseSchedule.from_betas(scaled_linear_betas(0.00085, 0.012, 1000))
 MEAN, SPREAD = 0.8, 0.5
@@ -152,6 +152,39 @@ def test_history_restarts_at_a_border(name):
         assert torch.equal(a.x, b.x)
     without = run(first[0] * 10, sigmas, first[1:], ())
     assert not torch.equal(without[-1].x, whole[-1].x)
+
+
+@pytest.mark.parametrize("border", ["between steps", "on a step"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_run_is_taken_up_at_a_border(name, border):
+    """Stopped for good at each border and begun again from latents and noise streams alone, a run is bit for bit the one that went through."""
+    schedule = make_schedule(NOISE, name, 8)
+    sigmas = schedule.sigmas
+    borders = (float(sigmas[3]) if border == "on a step" else float(sigmas[2] + sigmas[3]) / 2, float(sigmas[6] + sigmas[7]) / 2)
+    options = {"eta": 0.7} if name == "ddim" else {}
+    wobble = lambda x, sigma: torch.sin(x) * (2 / (2 + sigma.view(-1, 1, 1, 1)))  # noqa: E731
+    draw = streams([1, 2])
+    whole = list(SAMPLERS[name].function(wobble, draw() * schedule.initial_scale, sigmas, draw, borders=borders, **options))
+    parts = stages(sigmas, borders)
+    assert len(parts) == 3
+    assert parts[0][0] == 0
+    assert parts[-1][1] == 8
+    draw = streams([1, 2])
+    x = draw() * schedule.initial_scale
+    for first, end in parts:
+        steps = SAMPLERS[name].function(wobble, x, sigmas, draw, borders=borders, first=first, **options)
+        for a, b in zip(whole[first:end], steps, strict=False):
+            assert torch.equal(a.x, b.x)
+            assert (a.index, a.sigma) == (b.index, b.sigma)
+            x = b.x
+
+
+def test_stages():
+    sigmas = torch.tensor([10.0, 8.0, 5.0, 3.0, 1.0, 0.0])
+    assert stages(sigmas, ()) == [(0, 5)]
+    assert stages(sigmas, (5.0,)) == [(0, 3), (3, 5)]  # the step that starts on the border is the upper expert's
+    assert stages(sigmas, (0.5, 6.0)) == [(0, 2), (2, 5)]  # the step to 0 ends the run, whatever lies below it
+    assert stages(sigmas, (20.0, 6.0, 5.5)) == [(0, 2), (2, 5)]
 
 
 def test_crosses():
