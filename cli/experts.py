@@ -1,17 +1,21 @@
 """`tu-diffuse experts`: the experts of a model folder, and new folders with other experts."""
 
 import json
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
 from .info import lines_of
-from .options import EXIT_CODES, Debug, Json
+from .options import EXIT_CODES, Debug, Device, Json
+
+if TYPE_CHECKING:
+    from ..training.boundary import Suggestion
 
 app = typer.Typer(
-    help="Show the experts of a model, and fork, compose, merge and drop them. Models are never changed; each command writes a new folder.",
+    help="Show the experts of a model, fork, compose, merge and drop them, and find where to fork. Models are never changed; new ones are written.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -173,6 +177,91 @@ def drop(
 
     drop_expert(open_folder(folder), expert, out, heir=to, link=link)
     _print_new(out, as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def suggest_boundary(
+    shards: Annotated[list[str], typer.Option(metavar="SPEC", help="Shards to measure on, as for `tu-diffuse finetune`; may be repeated.")],
+    folder: Folder = None,
+    expert: Annotated[str | None, typer.Option(metavar="NAME", help="Which expert. [default: the only one]")] = None,
+    bins: Annotated[int, typer.Option(min=2, help="Bins of equally many timesteps; borders lie between them.")] = 16,
+    samples: Annotated[int, typer.Option(min=8, help="Pictures drawn from the shards, seen in every bin.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures a backward pass; for memory, no effect on the result.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of pictures and noise.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Propose where to fork an expert, from its loss and gradient in bins of noise on your pictures. Nothing is written.
+
+    Where bins pull the weights in different directions, one network loses part of each pull, and two specialists lose less. The border at which they
+    would lose least is proposed; `gain` says how much of all that could be won by a network for every bin. It is measured at the weights of this
+    moment, so measure a trained model. Exit code 1 when no border stands out.
+
+    Examples:
+
+      tu-diffuse experts suggest-boundary my-sd15 --shards 'laion/{00000..00009}.tar'
+
+      tu-diffuse experts suggest-boundary --expert high --shards 'laion/*.tar' --samples 256 --json
+
+    With --json one line: expert, samples, bins (timestep_min, timestep_max, loss, gain of the border at its end), error (standard error of the
+    largest gain), timestep and sigma (the border; null: none), lowest and highest (borders found with an eighth of the pictures left out), command.
+    """
+    del debug  # read in main.py
+    from ..pipeline.folder import open_folder
+    from ..pipeline.loading import choose_device
+    from ..training.boundary import suggest_boundary as suggest
+    from ..training.shard_specs import expand
+    from ..training.shards import index_shards
+
+    model, place = open_folder(folder), choose_device(device)
+    index = index_shards(expand(shards))
+    asked = {"expert": expert, "bins": bins, "samples": samples, "batch_size": batch_size, "seed": seed}
+    found = suggest(model, index, **asked, device=place, report=lambda text: typer.echo(text, err=True))  # pyright: ignore[reportArgumentType]
+    facts = _suggested(found, folder)
+    facts["sigma"] = None if found.timestep is None else float(model.noise.sigmas[found.timestep])
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        for line in _suggestion_lines(facts):
+            print(line)
+    if found.timestep is None:
+        typer.echo("no border stands out from sampling error; give more --samples, or train the model further", err=True)
+        raise typer.Exit(1)
+
+
+def _suggested(found: "Suggestion", folder: Path | None) -> dict[str, Any]:
+    ends = zip(found.edges[:-1], found.edges[1:], found.losses, [*found.gains, None], strict=True)
+    fork = ["tu-diffuse", "experts", "fork", *([] if folder is None else [str(folder)]), "--expert", found.expert]
+    return {
+        "expert": found.expert,
+        "samples": found.samples,
+        "bins": [{"timestep_min": low, "timestep_max": high, "loss": loss, "gain": gain} for low, high, loss, gain in ends],
+        "error": found.error,
+        "timestep": found.timestep,
+        "lowest": found.lowest,
+        "highest": found.highest,
+        "command": None if found.timestep is None else shlex.join([*fork, "--at-timestep", str(found.timestep), "--out", "forked"]),
+    }
+
+
+def _suggestion_lines(facts: dict[str, Any]) -> list[str]:
+    """Bins as a table with a bar for the gain of each border."""
+    bins: list[dict[str, Any]] = facts["bins"]
+    most = max(entry["gain"] or 0.0 for entry in bins)
+    lines = [f"{'timesteps':>9}  {'loss':>8}  gain of a border after it"]
+    for entry in bins:
+        gain = entry["gain"]
+        bar = "" if gain is None or most <= 0 else "█" * round(40 * max(gain, 0.0) / most)
+        span = f"{entry['timestep_min']:04d}-{entry['timestep_max']:04d}"
+        lines.append(f"{span}  {entry['loss']:8.5f}" + ("" if gain is None else f"  {gain:6.3f} {bar}"))
+    if facts["timestep"] is not None:
+        lines += [
+            f"border: timestep {facts['timestep']} (sigma {facts['sigma']:.4g}); {facts['lowest']} to {facts['highest']} "
+            f"when an eighth of the pictures is left out; standard error of the gain {facts['error']:.3f}",
+            f"next: {facts['command']}",
+        ]
+    return lines
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -1,6 +1,7 @@
 """`tu-diffuse experts`: whole commands, what they print, and their exit codes."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from shards import write_shard
+from tu_diffuse.cli.experts import _suggested
 from tu_diffuse.cli.main import run
 from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.training.boundary import Suggestion
 from tu_diffuse.training.forking import put_weights
+from world import STAGES
 
 Call = Callable[..., dict[str, Any]]
-COMMANDS = ("show", "fork", "compose", "merge", "drop")
+COMMANDS = ("show", "fork", "compose", "merge", "drop", "suggest-boundary")
 
 
 @pytest.fixture
@@ -145,6 +150,30 @@ def test_errors(sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert output.out == ""
     assert "Traceback" not in output.err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_border_is_suggested_or_none_stands_out(sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shard = str(write_shard(tmp_path, 0, 8, STAGES["shapes"], 5, "png"))
+    asked = ["experts", "suggest-boundary", str(sd1_folder), "--shards", shard, "--bins", "4", "--samples", "8"]
+    code = run([*asked, "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert code == (1 if facts["timestep"] is None else 0)
+    assert [(entry["timestep_min"], entry["timestep_max"]) for entry in facts["bins"]] == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+    best = max(facts["bins"][:-1], key=lambda entry: entry["gain"])
+    assert facts["timestep"] in (None, best["timestep_max"])
+    assert run(asked) == code
+    output = capsys.readouterr()
+    assert f"0250-0500  {facts['bins'][1]['loss']:8.5f}  {facts['bins'][1]['gain']:6.3f}" in output.out
+    assert ("no border stands out" in output.err) == (code == 1)
+
+
+def test_the_suggestion_names_the_command_to_run(sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    found = Suggestion("unet", 8, (0, 500, 1000), (0.1, 0.2), (0.75,), 0.1, 500, 500, 500)
+    command = _suggested(found, sd1_folder)["command"]
+    arguments = shlex.split(command)
+    assert arguments[0] == "tu-diffuse"
+    assert run([*arguments[1:-1], str(tmp_path / "forked")]) == 0
+    assert "t0500-1000" in capsys.readouterr().out
 
 
 def test_the_embedded_model_can_be_forked(call: Call, tmp_path: Path):
