@@ -123,6 +123,11 @@ class ModelFolder:
     defaults: Defaults
     zero_negative: bool
 
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return int(self.configs["unet"].get("in_channels", 4))
+
 
 def open_folder(path: Path | None) -> ModelFolder:
     """Read and check a model folder; None is the embedded model.

@@ -20,7 +20,7 @@ from ..text_encoders.tokenizer import load_tokenizer
 from ..unet.config import UNetConfig
 from ..unet.deltas import chain, own_files
 from ..unet.experts import ExpertText
-from ..unet.residency import ExpertPool, expert_pool, identities
+from ..unet.residency import ExpertPool, Keep, expert_pool, identities
 from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
@@ -40,32 +40,39 @@ Encode = Callable[[str, str, int, int], tuple[Encoded, Encoded]]
 """(prompt, negative, width, height) to the two prompts, encoded."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where and how networks compute.
+
+    Attributes:
+        device: where they are.
+        dtype: of their weights.
+        attention: the kernel that was asked for.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: AttentionBackend
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model in memory.
 
     Attributes:
         folder: what it was loaded from.
-        encode: (prompt, negative, width, height) -> the prompt and the negative prompt, encoded to one row each.
-        encoders: the same for experts that read prompts in their own way, by the expert's name.
+        place: where it is.
+        readers: how each expert reads prompts, by its name; those that read alike have the same function.
         experts: the pool of experts; `table(timestep_at)` is the denoiser of one run.
         codec: latents to pixels and back.
-        channels: of the latents.
-        device: where the networks are.
-        dtype: of the networks.
-        attention: the kernel that was asked for.
         fallbacks: parts that the library's classes compute, for the picture's settings.
     """
 
     folder: ModelFolder
-    encode: Encode
-    encoders: Mapping[str, Encode]
+    place: Place
+    readers: Mapping[str, Encode]
     experts: ExpertPool
     codec: LatentCodec
-    channels: int
-    device: torch.device
-    dtype: torch.dtype
-    attention: AttentionBackend
     fallbacks: tuple[str, ...]
 
 
@@ -74,35 +81,37 @@ def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto"
 
     Args:
         folder: from `folder.open_folder`.
+        dtype, device, attention: see `choose_place`.
+
+    Raises:
+        UsageError: see `choose_place`.
+        UnsafeError: weights are there as pickles only.
+        ModelError: weights are missing, damaged, or do not fit their config.
+    """
+    place = choose_place(dtype, device, attention)
+    codec, codec_fallbacks = load_codec(folder, place)
+    experts, expert_fallbacks = load_experts(folder, place)
+    return Model(folder, place, load_readers(folder, place), experts, codec, (*codec_fallbacks, *expert_fallbacks))
+
+
+def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "auto") -> Place:
+    """Where and how to compute, by name.
+
+    Args:
         dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU, float16 elsewhere.
         device: "cpu", "cuda", "mps", or "auto": the fastest there is.
         attention: a name in `AttentionBackend`.
 
     Raises:
         UsageError: a name that is not known, or a device that is not there.
-        UnsafeError: weights are there as pickles only.
-        ModelError: weights are missing, damaged, or do not fit their config.
     """
-    place = choose_device(device)
-    number = _dtype(dtype, place)
+    where = choose_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not known; use one of auto, {', '.join(DTYPES)}.")
     if attention not in [backend.value for backend in AttentionBackend]:
         raise UsageError(f"--attention {attention!r} is not known; use one of {', '.join(AttentionBackend)}.")
-    backend = AttentionBackend(attention)
-    codec, codec_fallbacks = load_codec(folder, number, place, backend)
-    experts, expert_fallbacks = _experts(folder, number, place, backend)
-    encode, encoders = _encoders(folder, number, place, backend)
-    return Model(
-        folder=folder,
-        encode=encode,
-        encoders=encoders,
-        experts=experts,
-        codec=codec,
-        channels=int(folder.configs["unet"].get("in_channels", 4)),
-        device=place,
-        dtype=number,
-        attention=backend,
-        fallbacks=(*codec_fallbacks, *expert_fallbacks),
-    )
+    number = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else torch.float16
+    return Place(where, number, AttentionBackend(attention))
 
 
 def choose_device(name: str) -> torch.device:
@@ -121,19 +130,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if name not in DTYPES:
-        raise UsageError(f"--dtype {name!r} is not known; use one of auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
-
-
 def load_text(
     folder: ModelFolder,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: AttentionBackend,
+    place: Place,
     text: ExpertText | None = None,
     towers: dict[str, ClipPart] | None = None,
 ) -> TextParts:
@@ -141,14 +140,13 @@ def load_text(
 
     Args:
         folder: the model.
-        dtype: of the weights.
-        device: where they go.
-        backend: attention kernel.
+        place: where they go.
         text: of an expert that reads prompts in its own way; None for the model's.
         towers: CLIP towers by component, which several readings share; those that are loaded here are added.
     """
     family = folder.family if text is None else text.family
     known = {} if towers is None else towers
+    dtype, device, backend = place.dtype, place.device, place.attention
 
     def component(part: str) -> str:
         return part if text is None else text.parts[part]
@@ -186,19 +184,19 @@ def load_text(
             return clip("text_encoder"), clip("text_encoder_2")
 
 
-def _encoders(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[Encode, dict[str, Encode]]:
-    """The model's way of reading prompts, and those of experts that have their own; experts that read alike get the same function."""
+def load_readers(folder: ModelFolder, place: Place) -> dict[str, Encode]:
+    """Load all text encoders: how each expert reads prompts, by its name; those that read alike get the same function."""
     towers: dict[str, ClipPart] = {}
-    own: dict[str, Encode] = {}
-    readings: list[tuple[ExpertText, Encode]] = []
+    known: list[tuple[ExpertText | None, Encode]] = []
+    readers: dict[str, Encode] = {}
     for entry in folder.experts:
-        if entry.text is not None:
-            encode = next((encode for text, encode in readings if text == entry.text), None)
-            if encode is None:
-                encode = _encoder(load_text(folder, dtype, device, backend, entry.text, towers), entry.text.zero_negative)
-                readings.append((entry.text, encode))
-            own[entry.name] = encode
-    return _encoder(load_text(folder, dtype, device, backend, towers=towers), folder.zero_negative), own
+        reader = next((encode for text, encode in known if text == entry.text), None)
+        if reader is None:
+            zero_negative = folder.zero_negative if entry.text is None else entry.text.zero_negative
+            reader = _encoder(load_text(folder, place, entry.text, towers), zero_negative)
+            known.append((entry.text, reader))
+        readers[entry.name] = reader
+    return readers
 
 
 def _encoder(parts: TextParts, zero_negative: bool) -> Encode:
@@ -220,16 +218,16 @@ def _encoder(parts: TextParts, zero_negative: bool) -> Encode:
     )
 
 
-def load_codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[LatentCodec, tuple[str, ...]]:
+def load_codec(folder: ModelFolder, place: Place) -> tuple[LatentCodec, tuple[str, ...]]:
     """The autoencoder, and the name of the fallback where the library computes it."""
-    config = folder.configs["vae"]
+    config, dtype, device = folder.configs["vae"], place.dtype, place.device
     try:
         if folder.parts["vae"] == "AutoencoderDC":
             deep = AutoencoderDCConfig.from_dict(config)
             vae = without_storage(lambda: AutoencoderDC(deep))
         else:
             kl = AutoencoderConfig.from_dict(config)
-            vae = without_storage(lambda: Autoencoder(kl, backend))
+            vae = without_storage(lambda: Autoencoder(kl, place.attention))
     except ModelError as refusal:
         from .library import library_vae  # costs seconds of imports, so only where it is needed
 
@@ -238,12 +236,17 @@ def load_codec(folder: ModelFolder, dtype: torch.dtype, device: torch.device, ba
     return LatentCodec(load_weights(vae, folder.path / "vae", dtype=dtype, device=device, convert=modernise_keys), tile_rows), ()
 
 
-def _experts(folder: ModelFolder, dtype: torch.dtype, device: torch.device, backend: AttentionBackend) -> tuple[ExpertPool, tuple[str, ...]]:
-    """The experts' pool, which loads each when its turn comes; and the name of the fallback where the library computes them."""
-    folders = {base for entry in folder.experts for base in chain(folder.path / entry.subfolder)}
-    size = sum(path.stat().st_size for base in folders for path in own_files(base))
-    keep = "all" if size <= KEEP_BYTES else "active"
-    prediction, timestep_at = folder.noise.prediction_type, folder.noise.timestep_at
+def load_experts(folder: ModelFolder, place: Place, keep: Keep | None = None) -> tuple[ExpertPool, tuple[str, ...]]:
+    """The experts' pool, which loads each when its turn comes; and the name of the fallback where the library computes them.
+
+    Args:
+        folder: the model.
+        place: where they go.
+        keep: see `ExpertPool`; None keeps all that are small.
+    """
+    if keep is None:
+        keep = "all" if expert_bytes(folder) <= KEEP_BYTES else "active"
+    prediction, timestep_at, dtype, device = folder.noise.prediction_type, folder.noise.timestep_at, place.dtype, place.device
     try:
         for entry in folder.experts:
             UNetConfig.from_dict(folder.configs[entry.subfolder])
@@ -253,4 +256,10 @@ def _experts(folder: ModelFolder, dtype: torch.dtype, device: torch.device, back
         loaders = {entry.name: partial(library_expert, folder, entry, dtype, device, refusal) for entry in folder.experts}
         known = identities(folder.path, folder.experts)
         return ExpertPool(folder.experts, loaders, keep, known), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
-    return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, backend, keep=keep), ()
+    return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, place.attention, keep=keep), ()
+
+
+def expert_bytes(folder: ModelFolder) -> int:
+    """What all experts' weights take on disk; shared bases count once."""
+    folders = {base for entry in folder.experts for base in chain(folder.path / entry.subfolder)}
+    return sum(path.stat().st_size for base in folders for path in own_files(base))

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import __version__
 from ..contracts import Conditioning
 from ..errors import RenderError, UsageError
-from ..schedulers.guidance import Apg, Guidance, GuidedDenoiser, expert_scale
+from ..schedulers.guidance import Apg, Guidance, GuidedDenoiser, expert_scale, repeated
 from ..schedulers.registry import sampler_info
 from ..schedulers.schedules import make_schedule
 from ..schedulers.step import stages
@@ -84,12 +84,13 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
 
     # Noise: each picture draws from its own stream.
     generators = streams(request.seeds)
-    shape = (model.channels, request.height // model.folder.factor, request.width // model.folder.factor)
-    noise = draw(generators, shape).to(model.device)
-    fresh = noise_source(generators, shape, model.device)
+    folder, device = model.folder, model.place.device
+    shape = (folder.channels, request.height // folder.factor, request.width // folder.factor)
+    noise = draw(generators, shape).to(device)
+    fresh = noise_source(generators, shape, device)
 
     # Schedule: the noise levels that the sampler visits.
-    schedule = make_schedule(model.folder.noise, request.sampler, request.steps, spacing=request.schedule, sigmas=request.sigmas)
+    schedule = make_schedule(folder.noise, request.sampler, request.steps, spacing=request.schedule, sigmas=request.sigmas)
     sampler = sampler_info(request.sampler)
     options = {} if request.eta is None else {"eta": request.eta}
 
@@ -148,9 +149,9 @@ def applied_settings(
         "model": {"name": model.folder.name, "hash": model.folder.fingerprint},
         **asked,
         "seed": seed,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "attention": str(model.attention),
+        "dtype": str(model.place.dtype).removeprefix("torch."),
+        "device": model.place.device.type,
+        "attention": str(model.place.attention),
         "experts": experts,
         "truncated": truncated,
         "fallbacks": fallbacks,
@@ -180,22 +181,12 @@ class _Told:
 
 def _encode(model: Model, request: Request) -> dict[str, _Told]:
     """What each expert is told; the same object for those that read prompts alike."""
-    readers = {entry.name: model.encoders.get(entry.name, model.encode) for entry in model.folder.experts}
     told: dict[Encode, _Told] = {}
-    for encode in dict.fromkeys(readers.values()):
+    for encode in dict.fromkeys(model.readers.values()):
         prompt, negative = encode(request.prompt, request.negative, request.width, request.height)
         overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
-        told[encode] = _Told(_rows(prompt.conditioning, len(request.seeds)), negative.conditioning, overflow)
-    return {name: told[encode] for name, encode in readers.items()}
-
-
-def _rows(one: Conditioning, count: int) -> Conditioning:
-    """Repeat a conditioning of one row for each picture of the batch."""
-
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.expand(count, *tensor.shape[1:])
-
-    return Conditioning(one.tokens.expand(count, -1, -1), rows(one.mask), rows(one.pooled), rows(one.size_ids))
+        told[encode] = _Told(repeated(prompt.conditioning, len(request.seeds)), negative.conditioning, overflow)
+    return {name: told[encode] for name, encode in model.readers.items()}
 
 
 def _truncated(overflow: dict[str, str], strict: bool) -> dict[str, str]:

@@ -38,11 +38,11 @@ def dpmpp_sde(
             x = _ancestral(x, x0, sigma, sigma_next, noise())
         else:
             middle = math.sqrt(sigma * sigma_next)
-            first, second = noise(), noise()
-            ahead = _ancestral(x, x0, sigma, middle, first)
+            early, late = noise(), noise()
+            ahead = _ancestral(x, x0, sigma, middle, early)
             x0 = denoise(ahead, batch_sigma(torch.tensor(middle, dtype=sigmas.dtype), x))
             share = (sigma - middle) / (sigma - sigma_next)
-            x = _ancestral(x, x0, sigma, sigma_next, first * math.sqrt(share) + second * math.sqrt(1 - share))
+            x = _ancestral(x, x0, sigma, sigma_next, early * math.sqrt(share) + late * math.sqrt(1 - share))
         yield Step(i, sigma, sigma_next, x, x0)
 
 

@@ -225,29 +225,53 @@ def rescaled(guided: Tensor, cond: Tensor, x: Tensor, sigma: Tensor, phi: float,
 
 
 def join_conditionings(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Stack two conditionings along the batch; shorter token sequences are padded with zeros that the mask hides.
+    """Put what to steer away from before what to steer to.
 
     Args:
         first: one row (repeated) or as many as second.
         second: (batch, …).
 
     Returns:
-        2·batch rows: first, then second. mask is None only if neither had one and their lengths agree.
+        2·batch rows: first, then second.
 
     Raises:
-        UsageError: only one of them has pooled vectors or size_ids, or their row counts do not fit.
+        UsageError: as `stack_conditionings`, or their row counts do not fit.
     """
     rows = second.tokens.shape[0]
     if first.tokens.shape[0] not in (1, rows):
         raise UsageError(f"{first.tokens.shape[0]} negative prompts were given for {rows} prompts; give one, or one for each")
-    length = max(first.tokens.shape[1], second.tokens.shape[1])
-    masked = first.mask is not None or second.mask is not None or first.tokens.shape[1] != second.tokens.shape[1]
+    return stack_conditionings([repeated(first, rows), second])
+
+
+def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
+    """Stack conditionings along the batch; shorter token sequences are padded with zeros that the mask hides.
+
+    Args:
+        parts: one or more, of any number of rows.
+
+    Returns:
+        The rows of all, in order. mask is None only if none had one and their lengths agree.
+
+    Raises:
+        UsageError: only some of them have pooled vectors or size_ids.
+    """
+    length = max(part.tokens.shape[1] for part in parts)
+    masked = any(part.mask is not None or part.tokens.shape[1] != length for part in parts)
     return Conditioning(
-        tokens=torch.cat([_padded(first.tokens, length).expand(rows, -1, -1), _padded(second.tokens, length)]),
-        mask=torch.cat([_padded(_mask_of(first), length).expand(rows, -1), _padded(_mask_of(second), length)]) if masked else None,
-        pooled=_stacked(first.pooled, second.pooled, rows, "pooled vectors"),
-        size_ids=_stacked(first.size_ids, second.size_ids, rows, "size_ids"),
+        tokens=torch.cat([_padded(part.tokens, length) for part in parts]),
+        mask=torch.cat([_padded(_mask_of(part), length) for part in parts]) if masked else None,
+        pooled=_stacked([part.pooled for part in parts], "pooled vectors"),
+        size_ids=_stacked([part.size_ids for part in parts], "size_ids"),
     )
+
+
+def repeated(one: Conditioning, rows: int) -> Conditioning:
+    """A conditioning of one row for each of `rows`; one that has as many already stays as it is."""
+
+    def expanded(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.expand(rows, *tensor.shape[1:])
+
+    return Conditioning(one.tokens.expand(rows, -1, -1), expanded(one.mask), expanded(one.pooled), expanded(one.size_ids))
 
 
 def _mask_of(conditioning: Conditioning) -> Tensor:
@@ -261,12 +285,13 @@ def _padded(sequence: Tensor, length: int) -> Tensor:
     return torch.cat([sequence, sequence.new_zeros(sequence.shape[0], missing, *sequence.shape[2:])], dim=1) if missing else sequence
 
 
-def _stacked(first: Tensor | None, second: Tensor | None, rows: int, what: str) -> Tensor | None:
-    if first is None and second is None:
+def _stacked(parts: Sequence[Tensor | None], what: str) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    if not there:
         return None
-    if first is None or second is None:
-        raise UsageError(f"only one of the prompt and the negative prompt has {what}; encode both with the same encoders")
-    return torch.cat([first.expand(rows, -1), second])
+    if len(there) < len(parts):
+        raise UsageError(f"only some of the prompts and negative prompts have {what}; encode all with the same encoders")
+    return torch.cat(there)
 
 
 def _per_row(values: Tensor, like: Tensor) -> Tensor:

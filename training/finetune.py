@@ -21,7 +21,7 @@ from torch import Tensor
 from ..attention import AttentionBackend
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import load_codec, load_text
+from ..pipeline.loading import Place, load_codec, load_text
 from .batches import ahead, batch_plan, crop_generator, make_buckets, nearest_bucket
 from .config import FinetuneConfig
 from .expert_files import Draft, Kept, weights_for, write_model
@@ -195,8 +195,9 @@ def _alpha(config: FinetuneConfig) -> float:
 
 def open_source(plan: Plan, device: torch.device) -> Source:
     """Where the samples of a run come from, with the frozen parts of the model that it needs in memory."""
-    text = load_text(plan.folder, torch.float32, device, AttentionBackend.AUTO)
-    codec, _ = load_codec(plan.folder, torch.float32, device, AttentionBackend.AUTO)
+    place = Place(device, torch.float32, AttentionBackend.AUTO)
+    text = load_text(plan.folder, place)
+    codec, _ = load_codec(plan.folder, place)
     return picture_source(plan.folder, plan.index, codec, text, device)
 
 
