@@ -124,19 +124,24 @@ def merge(
         list[str] | None,
         typer.Option(metavar="NAME=NUMBER", help="Weight of its difference from the parent. [default: its share of timesteps]"),
     ] = None,
+    parent: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The model that the experts were trained from. [default: the base they are stored against]")
+    ] = None,
     link: Link = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Make one expert of several: parent + sum of weight * (child - parent).
 
-    The parent is the base that the children are stored against. Where there is none, the children are averaged, and it is said.
+    The parent is the base that the children are stored against, or the model that you name. Where there is none, they are averaged, and it is said.
 
     Examples:
 
       tu-diffuse experts merge forked --out merged
 
       tu-diffuse experts merge more --expert t0500-0750 --expert t0750-1000 --weight t0500-0750=1 --weight t0750-1000=0.5 --out fewer
+
+      tu-diffuse experts merge two-whole-experts --parent my-sd15 --out merged
 
     With --json one line: path, weights, parent (null: averaged), and what `experts show` prints of the new folder.
     """
@@ -145,7 +150,8 @@ def merge(
     from ..training.merging import merge as merge_experts
 
     shares = None if not weight else dict(_share(text) for text in weight)
-    merged = merge_experts(open_folder(folder), out, experts=expert or (), shares=shares, link=link)
+    origin = None if parent is None else open_folder(parent)
+    merged = merge_experts(open_folder(folder), out, experts=expert or (), shares=shares, parent=origin, link=link)
     _print_new(out, as_json, weights=dict(merged.shares), parent=merged.parent)
     if merged.parent is None:
         typer.echo("no parent of the merged experts is in the folder: they were averaged", err=True)

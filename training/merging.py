@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class Merged:
     Attributes:
         expert: the one that took the children's place.
         shares: child -> its weight, as applied.
-        parent: name of the folder whose weights the task vectors were measured from; None when none was there and the children were averaged.
+        parent: name of the base, or of the model that was given, whose weights the task vectors were measured from; None when there was none and the
+            children were averaged.
     """
 
     expert: ExpertEntry
@@ -34,44 +36,56 @@ class Merged:
     parent: str | None
 
 
-def merge(model: ModelFolder, out: Path, *, experts: Sequence[str] = (), shares: Mapping[str, float] | None = None, link: bool = False) -> Merged:
+def merge(
+    model: ModelFolder,
+    out: Path,
+    *,
+    experts: Sequence[str] = (),
+    shares: Mapping[str, float] | None = None,
+    parent: ModelFolder | None = None,
+    link: bool = False,
+) -> Merged:
     """Make one expert of several: parent + Σ share · (child − parent), the weighted task vectors (Ilharco et al. 2022, arXiv 2212.04089).
 
-    The parent is the nearest base that all of them are deltas of. Without one the children are averaged, with the shares scaled to a sum of 1;
-    that is the same as long as the shares sum to 1 anyway, as those by timesteps do (arXiv 2410.06664 merges experts in this way).
+    The parent is the one given, else the nearest base that all of them are deltas of. Without one the children are averaged, with the shares scaled
+    to a sum of 1; that is the same as long as the shares sum to 1 anyway, as those by timesteps do (arXiv 2410.06664 merges experts in this way).
 
     Args:
         model: the ensemble.
         out: the new model folder; an ordinary one when all experts were merged.
         experts: neighbours, at least two; all when empty.
         shares: child -> weight; None weighs each by its share of the timesteps.
+        parent: a model of one expert, from which the children were trained.
         link: see `write_model`.
 
     Raises:
-        UsageError: fewer than two, not neighbours, not there, shares that cannot be used, or `out` exists.
-        ModelError: children of different architectures, damaged ones, or values that overflow.
+        UsageError: fewer than two, not neighbours, not there, shares that cannot be used, a parent of several experts, or `out` exists.
+        ModelError: children or parent of different architectures, damaged ones, or values that overflow.
         OutputError: `out` could not be written.
     """
     children = _neighbours(model, experts)
     if any(not _alike(model, children[0], child) for child in children):
         raise ModelError(f"The experts {names_of(children)} differ in architecture or in how they read prompts; only equal ones can be merged.")
     verified(model)
-    parent = _common_base([model.path / child.subfolder for child in children])
-    weights = _shares(model.noise, children, shares, scaled=parent is None)
+    base = _common_base([model.path / child.subfolder for child in children])
+    given = None if parent is None else _given(parent, model, children[0])
+    nearest = base if given is None else given
+    weights = _shares(model.noise, children, shares, scaled=nearest is None)
     states = [state_of(Kept(model.path / child.subfolder)) for child in children]
-    origin = None if parent is None else state_of(Kept(parent))
+    origin = None if nearest is None else state_of(Kept(nearest))
     state = merged_state(states, [weights[child.name] for child in children], origin)
     low, high = children[0].sigma_min, children[-1].sigma_max
     name = interval_name(model.noise, low, high)
     guidance = children[0].guidance if len({child.guidance for child in children}) == 1 else None
     entry = ExpertEntry(name, f"unet_{name}", low, high, guidance, text=children[0].text)
     stored: Weights = Whole(model.path / children[0].subfolder, state)
-    if parent is not None and origin is not None:
-        own = differing(state, origin)
-        stored = OnBase(parent, own) if own else Kept(parent)
+    if base is not None:
+        own = differing(state, state_of(Kept(base)))
+        stored = OnBase(base, own) if own else Kept(base)
     entries = write_model(model, [*(kept(model, e) for e in model.experts if e not in children), Draft(entry, stored)], out, link)
     written = next(entry for entry in entries if entry.sigma_min == low)
-    return Merged(written, weights, None if parent is None else parent.name)
+    name_of_parent = parent.name if parent is not None else None if base is None else base.name
+    return Merged(written, weights, name_of_parent)
 
 
 def merged_state(states: Sequence[Mapping[str, Tensor]], shares: Sequence[float], parent: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -127,6 +141,17 @@ def _shares(noise: NoiseSchedule, children: Sequence[ExpertEntry], given: Mappin
     return {name: share / total if scaled else share for name, share in given.items()}
 
 
+def _given(parent: ModelFolder, model: ModelFolder, child: ExpertEntry) -> Path:
+    """The folder of a parent's weights, which have to be of the child's architecture."""
+    if len(parent.experts) != 1:
+        raise UsageError(f"--parent {parent.name!r} has the experts {names_of(parent.experts)}; a model of one expert was wanted.")
+    [entry] = parent.experts
+    if not _same_network(parent.configs[entry.subfolder], model.configs[child.subfolder]):
+        raise ModelError(f"--parent {parent.name!r} is of another architecture than {child.name!r}; give the model that it was trained from.")
+    verified(parent)
+    return parent.path / entry.subfolder
+
+
 def _common_base(folders: Sequence[Path]) -> Path | None:
     """The nearest folder that is in the chain of each."""
     chains = [chain(folder) for folder in folders]
@@ -135,9 +160,10 @@ def _common_base(folders: Sequence[Path]) -> Path | None:
 
 def _alike(model: ModelFolder, one: ExpertEntry, other: ExpertEntry) -> bool:
     """Whether two U-Nets are of one architecture and read prompts in the same way."""
-    if one.text != other.text:
-        return False
-    first, second = model.configs[one.subfolder], model.configs[other.subfolder]
+    return one.text == other.text and _same_network(model.configs[one.subfolder], model.configs[other.subfolder])
+
+
+def _same_network(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     try:
         return replace(UNetConfig.from_dict(first), sample_size=None) == replace(UNetConfig.from_dict(second), sample_size=None)
     except ModelError:  # not covered by our network; then all that the files say has to be equal

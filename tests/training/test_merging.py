@@ -10,7 +10,7 @@ from expert_folders import WHOLE, at, draw, files, trained
 from safetensors.torch import load_file
 from tu_diffuse.errors import ModelError, UsageError
 from tu_diffuse.pipeline.folder import ModelFolder, open_folder
-from tu_diffuse.training.forking import fork
+from tu_diffuse.training.forking import drop, fork
 from tu_diffuse.training.merging import merge, merged_state
 
 
@@ -53,6 +53,33 @@ def test_without_a_parent_children_are_averaged(ensemble: ModelFolder, tmp_path:
     for name in low:
         torch.testing.assert_close(came[name], (0.25 * low[name].double() + 0.75 * high[name].double()).float(), atol=1e-7, rtol=1e-7)
     assert draw(tmp_path / "merged")[1] == ["unet"]
+
+
+def test_a_given_parent_is_what_differences_are_taken_from(ensemble: ModelFolder, plain: ModelFolder, tmp_path: Path):
+    """Two whole experts, and as parent the model in which only one of them is left; weights that do not sum to 1 tell it from an average."""
+    drop(ensemble, "low", tmp_path / "parent", heir="higher")
+    merged = merge(ensemble, tmp_path / "merged", shares={"low": 0.5, "high": 3.0}, parent=open_folder(tmp_path / "parent"))
+    assert merged.parent == "parent"
+    assert merged.shares == {"low": 0.5, "high": 3.0}
+    low, high = (load_file(ensemble.path / name / WHOLE) for name in ("unet_low", "unet"))
+    came = load_file(tmp_path / "merged" / "unet" / WHOLE)
+    for name in low:
+        torch.testing.assert_close(came[name], (high[name].double() + 0.5 * (low[name].double() - high[name].double())).float(), atol=1e-6, rtol=1e-6)
+    with pytest.raises(ModelError, match="another architecture"):
+        merge(ensemble, tmp_path / "out", parent=plain)
+    with pytest.raises(UsageError, match="a model of one expert"):
+        merge(ensemble, tmp_path / "out", parent=ensemble)
+
+
+def test_a_given_parent_wins_over_the_base(plain: ModelFolder, tmp_path: Path):
+    fork(plain, at(plain, 300), tmp_path / "forked")
+    trained(tmp_path / "forked", "t0000-0300", tmp_path / "low", lambda name, t: t + 0.125 if name == "conv_in.bias" else t)
+    trained(plain.path, "unet", tmp_path / "other", lambda name, t: t + 1.0 if name == "conv_in.bias" else t)
+    shares = {"t0000-0300": 0.5, "t0300-1000": 0.25}
+    merge(open_folder(tmp_path / "low"), tmp_path / "merged", shares=shares, parent=open_folder(tmp_path / "other"))
+    theta, came = (load_file(folder / "unet" / WHOLE) for folder in (plain.path, tmp_path / "merged"))
+    torch.testing.assert_close(came["conv_in.bias"], theta["conv_in.bias"] + 1.0 + 0.5 * (0.125 - 1.0) - 0.25)
+    assert [name for name in theta if not torch.equal(theta[name], came[name])] == ["conv_in.bias"]
 
 
 def test_merged_numbers():
