@@ -21,14 +21,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..attention import AttentionBackend
 from ..errors import ModelError, UsageError
 from ..pipeline.folder import ModelFolder
-from .batches import fit
+from ..pipeline.loading import Place, load_codec, load_text
 from .intervals import expert_of, first_timestep
 from .loop import generator_for
 from .objective import Draw, Objective, denoising_loss
 from .shards import ShardIndex
-from .subject import condition, latents_of, load_subject, predictor
+from .sources import picture_source
+from .subject import load_subject, predictor
 
 FOLDS = 8  # independent sets of pictures: products of gradients of different folds have no bias from sampling, and leaving each out shows the spread
 _COORDINATES = 1 << 18  # of the gradient, drawn at random; all that is kept of it
@@ -103,23 +105,24 @@ def suggest_boundary(
     if not FOLDS <= each * FOLDS <= len(index.samples):
         raise UsageError(f"--samples {samples} was asked for and the shards hold {len(index.samples)}; give a number from {FOLDS} to that.")
     edges = tuple(first + round(number * (end - first) / bins) for number in range(bins + 1))
-    subject = load_subject(folder, entry.name, torch.device("cpu") if device is None else device)
+    where = torch.device("cpu") if device is None else device
+    subject, place = load_subject(folder, entry.name, where), Place(where, torch.float32, AttentionBackend.AUTO)
+    source = picture_source(folder, index, load_codec(folder, place)[0], load_text(folder, place), where)
+    size = (folder.defaults.width, folder.defaults.height)
     objective = Objective(sigmas=folder.noise.sigmas, t_min=first, t_max=end, prediction_type=folder.noise.prediction_type)
     chosen = torch.randperm(len(index.samples), generator=generator_for(seed, 0)).tolist()
 
     def batch(numbers: Sequence[int], places: Tensor) -> Batch:
         """`places` in [0, 1) say where in a bin each picture's timestep lies."""
-        fitted = [fit(index.picture(number), (folder.defaults.width, folder.defaults.height)) for number in numbers]
         generators = [generator_for(seed, 1 + number) for number in numbers]
-        latents = latents_of(subject, fitted, generators)
-        noise = torch.cat([torch.randn((1, *latents.shape[1:]), generator=generator) for generator in generators]).to(subject.device)
+        seen = source.batch([source.read(number, size, None) for number in numbers], generators)
+        noise = torch.cat([torch.randn((1, *seen.latents.shape[1:]), generator=generator) for generator in generators]).to(where)
         kept = torch.ones(len(numbers), dtype=torch.bool)
-        none = torch.zeros(len(numbers), dtype=torch.int64)
-        said = condition(subject, [index.samples[number].caption for number in numbers], Draw(none, noise, kept, kept), fitted)
+        said = seen.said(Draw(torch.zeros(len(numbers), dtype=torch.int64), noise, kept, kept))
 
         def loss_in(bin: int) -> Tensor:
-            t = edges[bin] + (places * (edges[bin + 1] - edges[bin])).long().to(subject.device)
-            return denoising_loss(predictor(subject, lambda _: said), objective, latents, Draw(t, noise, kept, kept))["loss"]
+            t = edges[bin] + (places * (edges[bin + 1] - edges[bin])).long().to(where)
+            return denoising_loss(predictor(subject, lambda _: said), objective, seen.latents, Draw(t, noise, kept, kept))["loss"]
 
         return len(numbers) / each, loss_in
 
