@@ -33,8 +33,21 @@ class Target:
         """The wanted file name of one picture (number counts from 1 in a run); `publish` makes it unique."""
         if self.file_name is not None:
             return self.file_name
-        stem = shorten(self.template.format(prompt=slug(prompt), seed=seed, number=number), MAX_NAME_BYTES - _ROOM)
-        return (f"{stem}_" if stem.partition(".")[0].upper() in _RESERVED else stem) + _SUFFIX_OF[self.picture_format]
+        return picture_name(self.template, self.picture_format, prompt, seed, str(number))
+
+
+def picture_name(template: str, picture_format: str, prompt: str, seed: int, number: str) -> str:
+    """The file name of a picture: `template` filled in, at most MAX_NAME_BYTES - 20 bytes, usable on every system.
+
+    Args:
+        template: checked, with the fields {prompt}, {seed} and {number}.
+        picture_format: "png", "jpeg" or "webp".
+        prompt: becomes its `slug`.
+        seed: of the picture.
+        number: its place in the run.
+    """
+    stem = shorten(template.format(prompt=slug(prompt), seed=seed, number=number), MAX_NAME_BYTES - _ROOM)
+    return (f"{stem}_" if stem.partition(".")[0].upper() in _RESERVED else stem) + _SUFFIX_OF[picture_format]
 
 
 def plan_target(out: Path | None, name: str | None, picture_format: str | None, pictures: int) -> Target:
@@ -92,7 +105,7 @@ def publish(data: bytes, folder: Path, wanted: str) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())
-            for candidate in _candidates(wanted):
+            for candidate in candidates(wanted):
                 with suppress(FileExistsError):
                     _give_name(temporary, folder / candidate)
                     return folder / candidate
@@ -105,7 +118,7 @@ def publish(data: bytes, folder: Path, wanted: str) -> Path:
 
 
 def replace(data: bytes, path: Path) -> None:
-    """Write a file whole, in the place of its earlier version: for previews, which only this run writes.
+    """Write a file whole, in the place of its earlier version: for files that only this run writes.
 
     Raises:
         OutputError: the folder cannot be written or the disk is full.
@@ -115,6 +128,8 @@ def replace(data: bytes, path: Path) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -150,7 +165,8 @@ def _checked_template(name: str) -> str:
     return name
 
 
-def _candidates(wanted: str) -> Iterator[str]:
+def candidates(wanted: str) -> Iterator[str]:
+    """The names that `publish` tries, in order, without end: "a.png", "a-2.png", "a-3.png" and so on."""
     yield wanted
     path, number = Path(wanted), 1
     while True:

@@ -5,7 +5,7 @@
 Each line of it leads to one folder: text_encoders/, seeds.py, schedulers/, unet/, vae/.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -22,7 +22,8 @@ from ..schedulers.registry import sampler_info
 from ..schedulers.schedules import make_schedule
 from ..schedulers.step import stages
 from ..vae.codec import to_uint8
-from .loading import Encode, Model
+from .folder import ModelFolder
+from .loading import Encode, Model, Place
 from .request import Request
 from .seeds import draw, noise_source, streams
 
@@ -80,7 +81,7 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
     """
     # Encode: the prompt becomes tokens and a pooled vector; experts of different makes, as SDXL's base and refiner, read it each in its own way.
     told = _encode(model, request)
-    truncated = _truncated({name: words for one in told.values() for name, words in one.overflow.items()}, request.strict)
+    truncated = words_lost({name: words for one in told.values() for name, words in one.overflow.items()}, request.strict)
 
     # Noise: each picture draws from its own stream.
     generators = streams(request.seeds)
@@ -95,7 +96,7 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
     options = {} if request.eta is None else {"eta": request.eta}
 
     # Denoise: from expert to expert, the sampler asks the one whose noise levels these are, guided by what it is told.
-    experts, guidance = model.experts.table(schedule.timestep_at), _guidance(model, request)
+    experts, guidance = model.experts.table(schedule.timestep_at), guidance_policy(folder, request)
     latents, used = noise * schedule.initial_scale, list[tuple[str, float, float]]()
     for first, end in stages(schedule.sigmas, experts.borders):
         said = told[experts.expert_for(float(schedule.sigmas[first])).name]
@@ -115,19 +116,26 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
         except RenderError as error:
             failed.append(error)
             continue
-        settings = applied_settings(model, request, seed, used, truncated, [*model.fallbacks, *decoded.fallbacks[0]])
+        settings = applied_settings(folder, model.place, request, seed, used, truncated, [*model.fallbacks, *decoded.fallbacks[0]])
         yield Picture(index, seed, to_uint8(decoded.pixels)[0].cpu(), settings)
     if failed:
         raise RenderError(f"{len(failed)} of {len(request.seeds)} pictures could not be made: {failed[0]}")
 
 
 def applied_settings(
-    model: Model, request: Request, seed: int, used: list[tuple[str, float, float]], truncated: dict[str, str], fallbacks: list[str]
+    folder: ModelFolder,
+    place: Place,
+    request: Request,
+    seed: int,
+    used: Sequence[tuple[str, float, float]],
+    truncated: Mapping[str, str],
+    fallbacks: Sequence[str],
 ) -> dict[str, Any]:
     """All that decided a picture, as the JSON object that its file carries.
 
     Args:
-        model: what drew it.
+        folder: the model that drew it.
+        place: where it was computed.
         request: what was asked for; its fields are copied, except that `seeds` is called `batch` (results are exactly equal only in an equal batch).
         seed: the picture's own.
         used: (expert, sigma, next sigma) of every step; written as one entry for each run of steps by the same expert.
@@ -146,25 +154,26 @@ def applied_settings(
         "version": 1,
         "software": f"tu-diffuse {__version__}",
         "torch": torch.__version__,
-        "model": {"name": model.folder.name, "hash": model.folder.fingerprint},
+        "model": {"name": folder.name, "hash": folder.fingerprint},
         **asked,
         "seed": seed,
-        "dtype": str(model.place.dtype).removeprefix("torch."),
-        "device": model.place.device.type,
-        "attention": str(model.place.attention),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "device": place.device.type,
+        "attention": str(place.attention),
         "experts": experts,
-        "truncated": truncated,
-        "fallbacks": fallbacks,
+        "truncated": dict(truncated),
+        "fallbacks": list(fallbacks),
     }
 
 
-def _guidance(model: Model, request: Request) -> Guidance:
-    scales = [(e.sigma_min, e.sigma_max, e.guidance) for e in model.folder.experts]
+def guidance_policy(folder: ModelFolder, request: Request) -> Guidance:
+    """The guidance that a request asks for, with the experts' own scales where it names none."""
+    scales = [(e.sigma_min, e.sigma_max, e.guidance) for e in folder.experts]
     return Guidance(
         scale=expert_scale(scales, request.guidance) if request.expert_guidance else request.guidance,
         interval=(0.0, float("inf")) if request.guidance_interval is None else request.guidance_interval,
         rescale=request.guidance_rescale,
-        rescale_space=model.folder.noise.prediction_type,
+        rescale_space=folder.noise.prediction_type,
         apg=Apg() if request.apg else None,
         threshold=request.dynamic_threshold,
     )
@@ -189,8 +198,12 @@ def _encode(model: Model, request: Request) -> dict[str, _Told]:
     return {name: told[encode] for name, encode in model.readers.items()}
 
 
-def _truncated(overflow: dict[str, str], strict: bool) -> dict[str, str]:
-    """The words beyond each encoder's limit, each shortened to 200 characters."""
+def words_lost(overflow: Mapping[str, str], strict: bool) -> dict[str, str]:
+    """The words beyond each encoder's limit, each shortened to 200 characters.
+
+    Raises:
+        UsageError: there are some, and `strict` refuses them.
+    """
     lost = {name: words if len(words) <= 200 else words[:199] + "…" for name, words in overflow.items() if words}
     if lost and strict:
         name, words = next(iter(lost.items()))

@@ -5,6 +5,7 @@ their own, while the expert before them still computes.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -51,6 +52,7 @@ class ExpertPool:
         self.keep: Keep = keep
         self._identities = {} if identities is None else dict(identities)
         self._loaders = dict(loaders)
+        self.loads: Counter[str] = Counter()  # how often each was loaded
         self._held: dict[str, Future[UNetDenoiser]] = {}
         self._active: str | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert")
@@ -80,12 +82,13 @@ class ExpertPool:
         self._release_all_but(name, self._active)
         self._begin(name)
 
-    def table(self, to_timestep: Callable[[Tensor], Tensor], recorder: Recorder | None = None) -> ExpertTable:
+    def table(self, to_timestep: Callable[[Tensor], Tensor], recorder: Recorder | None = None, *, ahead: bool = True) -> ExpertTable:
         """The experts as the `Denoiser` of one run.
 
         Args:
             to_timestep: what the networks are told at a sigma, see `UNetDenoiser`.
             recorder: see `UNetDenoiser`.
+            ahead: prefetch the next expert when a run comes near its border; else it is the caller's to call `prefetch`.
         """
 
         def load(name: str) -> UNetDenoiser:
@@ -93,18 +96,24 @@ class ExpertPool:
 
         def expert(entry: ExpertEntry) -> Expert:
             name, identity = entry.name, self._identities.get(entry.name)
-            return Expert(name, entry.sigma_min, entry.sigma_max, partial(load, name), entry.guidance, partial(self.prefetch, name), identity)
+            prefetch = partial(self.prefetch, name) if ahead else _nothing
+            return Expert(name, entry.sigma_min, entry.sigma_max, partial(load, name), entry.guidance, prefetch, identity)
 
         return ExpertTable([expert(entry) for entry in self.entries])
 
     def _begin(self, name: str) -> Future[UNetDenoiser]:
         if name not in self._held:
+            self.loads[name] += 1
             self._held[name] = self._thread.submit(self._loaders[name])
         return self._held[name]
 
     def _release_all_but(self, *names: str | None) -> None:
         for other in [held for held in self._held if held not in names and self.keep == "active"]:
             self._held.pop(other).cancel()
+
+
+def _nothing() -> None:
+    """The caller prefetches."""
 
 
 def load_expert(

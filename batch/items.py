@@ -1,0 +1,117 @@
+"""From lines of a prompt file to items: one picture each, with every setting resolved and a key that stays the same as long as the settings do."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from ..errors import UsageError
+from ..pipeline.folder import ModelFolder
+from ..pipeline.output import picture_name
+from ..pipeline.request import Request, resolve
+from ..pipeline.seeds import MAX_SEED
+from .lines import Line, Problem
+
+Sweep = Mapping[str, Sequence[Any]]
+"""Option to the values that multiply every line."""
+
+MAX_ITEMS = 1_000_000
+_NOT_SETTINGS = ("count", "seed", "seeds", "name", "format")  # of a line, but not of `resolve`
+NAME = "{number}-{prompt}-{seed}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to make.
+
+    Attributes:
+        key: 32 hex digits of all that decides the picture and its file; equal lines differ in it by their order.
+        line: 1-based line of the prompt file.
+        request: what is asked for, with one seed.
+        template: of its file name.
+        picture_format: "png", "jpeg" or "webp".
+    """
+
+    key: str
+    line: int
+    request: Request
+    template: str
+    picture_format: str
+
+    @property
+    def seed(self) -> int:
+        """The picture's seed."""
+        return self.request.seeds[0]
+
+    def file_name(self, number: int) -> str:
+        """The wanted name of its file; `number` is its place in the plan, from 1."""
+        return picture_name(self.template, self.picture_format, self.request.prompt, self.seed, f"{number:05d}")
+
+
+def make_items(
+    folder: ModelFolder, lines: Iterable[Line], *, defaults: Mapping[str, Any], sweep: Sweep, circumstances: Mapping[str, Any]
+) -> tuple[list[Item], list[Problem]]:
+    """Multiply lines by `count`, `seeds` and the sweep, and resolve every item against the model.
+
+    A line without a seed gets one from its own text (first 32 bits of a hash over prompt, negative prompt and how many equal lines came before), so
+    that the same file gives the same pictures and a line keeps its pictures wherever it moves; `count` adds 1, 2, … to it.
+
+    Args:
+        folder: the model.
+        lines: checked lines.
+        defaults: options that lines may override, checked as theirs.
+        sweep: option -> values; a line's own value of that option is replaced.
+        circumstances: what else decides pixels: dtype, device and so on; goes into every key.
+
+    Returns:
+        The items in the order of the lines, and what the model cannot do, by line.
+    """
+    items: list[Item] = []
+    problems: list[Problem] = []
+    told: Counter[tuple[str, str]] = Counter()
+    seen: Counter[str] = Counter()
+    for line in lines:
+        values = {**defaults, **line.values}
+        text = (values["prompt"], values.get("negative", ""))
+        try:
+            seeds = _seeds(values, text, told[text])
+            for choice in _choices(sweep):
+                for seed in seeds:
+                    items.append(_item(folder, line.number, {**values, **choice}, seed, circumstances, seen))
+            if len(items) > MAX_ITEMS:
+                raise UsageError(f"line {line.number} brings the pictures to {len(items)}; at most {MAX_ITEMS} are taken in one run; split the file.")
+        except UsageError as error:
+            option = next((name for name in line.columns if f"--{name.replace('_', '-')} " in f"{error} "), None)
+            problems.append(Problem(line.number, 1 if option is None else line.columns[option], str(error)))
+        told[text] += 1
+    return items, problems
+
+
+def _seeds(values: Mapping[str, Any], text: tuple[str, str], before: int) -> list[int]:
+    if values.get("seeds") is not None:
+        if values.get("seed") is not None or values.get("count") is not None:
+            raise UsageError("--seeds stands beside --seed or --count; give the list, or a first seed and how many.")
+        return list(values["seeds"])
+    first, count = values.get("seed"), values.get("count") or 1
+    if first is None:
+        first = int(hashlib.sha256(json.dumps([*text, before]).encode()).hexdigest()[:8], 16)
+        return [(first + i) % (MAX_SEED + 1) for i in range(count)]
+    return list(range(first, first + count))
+
+
+def _choices(sweep: Sweep) -> Iterable[dict[str, Any]]:
+    return (dict(zip(sweep, values, strict=True)) for values in product(*sweep.values()))
+
+
+def _item(folder: ModelFolder, line: int, values: Mapping[str, Any], seed: int, circumstances: Mapping[str, Any], seen: Counter[str]) -> Item:
+    settings = {name: value for name, value in values.items() if name not in (*_NOT_SETTINGS, "prompt") and value is not None}
+    request = resolve(folder, values["prompt"], [seed], **settings)
+    template, picture_format = values.get("name") or NAME, values.get("format") or "png"
+    decided = {"request": asdict(request), "model": folder.fingerprint, "name": template, "format": picture_format, **circumstances}
+    digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]
+    seen[digest] += 1
+    key = digest if seen[digest] == 1 else hashlib.sha256(f"{digest} {seen[digest]}".encode()).hexdigest()[:32]
+    return Item(key, line, request, template, picture_format)

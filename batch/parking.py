@@ -1,0 +1,74 @@
+"""Drafts on disk: a batch that waits at a border for the next expert survives the process that drew it so far."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from ..pipeline.output import replace as write_whole
+from .drafts import Draft, Lost
+from .items import Item
+
+FOLDER = ".parked"
+
+
+def park(draft: Draft, items: Sequence[Item], folder: Path) -> None:
+    """Keep a draft of the batch `items`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    tensors = {"latents": draft.latents.contiguous(), **{f"noise.{row}": state for row, state in enumerate(draft.noise)}}
+    facts = {
+        "rows": [item.key for item in draft.items],
+        "stage": draft.stage,
+        "used": draft.used,
+        "lost": [{"key": lost.item.key, "error": lost.error} for lost in draft.lost],
+        "fallbacks": draft.fallbacks,
+    }
+    (folder / FOLDER).mkdir(exist_ok=True)
+    write_whole(save(tensors, {"draft": json.dumps(facts)}), _path(items, folder))
+
+
+def taken_up(draft: Draft, items: Sequence[Item], folder: Path) -> Draft:
+    """`draft` as far as it was parked before; itself when it was not, or the file is damaged."""
+    known = {item.key: row for row, item in enumerate(draft.items)}
+    every = {item.key: item for item in items}
+    try:
+        with safe_open(_path(items, folder), "pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            facts = json.loads(file.metadata()["draft"])
+            latents: torch.Tensor = file.get_tensor("latents")
+            noise = tuple(file.get_tensor(f"noise.{row}") for row in range(len(facts["rows"])))
+        rows = [known[key] for key in facts["rows"]]
+        return replace(
+            draft,
+            items=tuple(draft.items[row] for row in rows),
+            said=tuple(draft.said[row] for row in rows),
+            latents=latents,
+            noise=noise,
+            stage=int(facts["stage"]),
+            used=tuple((name, float(a), float(b)) for name, a, b in facts["used"]),
+            lost=tuple(Lost(every[one["key"]], one["error"]) for one in facts["lost"]),
+            fallbacks=tuple(facts["fallbacks"]),
+        )
+    except Exception:  # a missing or damaged file of ours, in whatever way: the batch begins anew
+        return draft
+
+
+def forget(items: Sequence[Item], folder: Path) -> None:
+    """Remove what was parked of a batch, and the folder with the last one."""
+    with suppress(OSError):
+        _path(items, folder).unlink()
+    with suppress(OSError):
+        (folder / FOLDER).rmdir()
+
+
+def _path(items: Sequence[Item], folder: Path) -> Path:
+    name = hashlib.sha256(" ".join(item.key for item in items).encode()).hexdigest()[:32]
+    return folder / FOLDER / f"{name}.safetensors"

@@ -1,0 +1,147 @@
+"""The plan of a run: which items form which batch, and under which names. Fixed at the start and stored; a later run of a changed file keeps what is
+unchanged.
+
+A picture's last bits depend on the batch that it is computed in, so a batch is never packed anew: what is missing of it is drawn again in the whole
+of it. Items that are no longer asked for stay in it as company for the others, and leave the plan with the last of them.
+"""
+
+import json
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..pipeline.output import replace as write_whole
+from ..pipeline.request import BATCH_PICTURES, BATCH_PIXELS, Request
+from .items import Item
+
+PLAN_FILE = "plan.json"
+VERSION = 1
+_SHARED = ("width", "height", "steps", "sampler", "schedule", "sigmas", "eta", "guidance_rescale", "guidance_interval", "apg", "dynamic_threshold")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """An item in a plan.
+
+    Attributes:
+        item: what to draw.
+        name: of its file.
+        wanted: False where it only keeps its batch company.
+    """
+
+    item: Item
+    name: str
+    wanted: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a folder of pictures is made of.
+
+    Attributes:
+        model: fingerprint of the model.
+        batches: the items that are computed together; order and company never change.
+        numbered: how many items the folder has had, for the names of more.
+    """
+
+    model: str
+    batches: tuple[tuple[Planned, ...], ...] = ()
+    numbered: int = 0
+
+    @property
+    def wanted(self) -> list[Planned]:
+        """The items that are asked for."""
+        return [planned for batch in self.batches for planned in batch if planned.wanted]
+
+
+def extend(plan: Plan, items: Sequence[Item], batch_size: int | None) -> Plan:
+    """The plan for `items`: batches of `plan` that still hold one of them, then new batches for the others.
+
+    Args:
+        plan: what the folder has; a new one has none.
+        items: what is asked for, with distinct keys.
+        batch_size: most items in a new batch; None takes as many as 16 pictures and a million pixels.
+    """
+    asked = {item.key: item for item in items}
+    kept: list[tuple[Planned, ...]] = []
+    for batch in plan.batches:
+        again = tuple(replace(p, item=asked.get(p.item.key, p.item), wanted=p.item.key in asked) for p in batch)
+        if any(p.wanted for p in again):
+            kept.append(again)
+    planned = {p.item.key for batch in kept for p in batch}
+    taken = {_folded(p.name) for batch in kept for p in batch}
+    number = plan.numbered
+    groups: dict[tuple[Any, ...], list[Planned]] = defaultdict(list)
+    for item in items:
+        if item.key in planned:
+            continue
+        number += 1
+        groups[tuple(getattr(item.request, name) for name in _SHARED)].append(Planned(item, _free_name(item, number, taken)))
+    new = [batch for group in groups.values() for batch in _cut(group, batch_size)]
+    return Plan(plan.model, (*kept, *new), number)
+
+
+def _cut(group: Sequence[Planned], batch_size: int | None) -> Iterable[tuple[Planned, ...]]:
+    first = group[0].item.request
+    size = max(1, min(BATCH_PICTURES, BATCH_PIXELS // (first.width * first.height))) if batch_size is None else batch_size
+    return (tuple(group[i : i + size]) for i in range(0, len(group), size))
+
+
+def _free_name(item: Item, number: int, taken: set[str]) -> str:
+    """The item's name, with "-2" and so on where another has it on a system that ignores case."""
+    wanted = Path(item.file_name(number))
+    name, again = wanted.name, 1
+    while _folded(name) in taken:
+        again += 1
+        name = f"{wanted.stem}-{again}{wanted.suffix}"
+    taken.add(_folded(name))
+    return name
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def save_plan(plan: Plan, folder: Path) -> None:
+    """Write `plan.json`, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    batches = [[{**_stored(p.item), "name": p.name, "wanted": p.wanted} for p in batch] for batch in plan.batches]
+    content = {"version": VERSION, "model": plan.model, "numbered": plan.numbered, "batches": batches}
+    write_whole((json.dumps(content, indent=1) + "\n").encode(), folder / PLAN_FILE)
+
+
+def load_plan(folder: Path, model: str) -> Plan:
+    """The folder's plan; an empty one where there is none, or where it is another model's.
+
+    Raises:
+        DataError: `plan.json` is not one.
+    """
+    try:
+        content = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise DataError(f"{PLAN_FILE} has version {content['version']!r}, this program reads {VERSION}; render into another folder.")
+        if content["model"] != model:
+            return Plan(model, numbered=int(content["numbered"]))
+        batches = tuple(tuple(Planned(_item(one), one["name"], one["wanted"]) for one in batch) for batch in content["batches"])
+        return Plan(model, batches, int(content["numbered"]))
+    except FileNotFoundError:
+        return Plan(model)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{PLAN_FILE} cannot be read ({error}); remove it to plan anew, which keeps the pictures.") from None
+
+
+def _stored(item: Item) -> dict[str, Any]:
+    return {"key": item.key, "line": item.line, "template": item.template, "format": item.picture_format, "request": asdict(item.request)}
+
+
+def _item(stored: dict[str, Any]) -> Item:
+    values = {field.name: stored["request"][field.name] for field in fields(Request)}
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return Item(stored["key"], int(stored["line"]), Request(**{**values, **tuples}), stored["template"], stored["format"])

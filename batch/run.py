@@ -1,0 +1,170 @@
+"""A folder of pictures: what is asked for, what is there already, and the rest drawn. Run it again to go on.
+
+plan.json       which items form which batch, under which names (plan.py)
+journal.jsonl   what became of each item (journal.py)
+summary.json    counts of the last run
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import DataError
+from ..pipeline.metadata import encode_picture, read_metadata
+from ..pipeline.output import candidates, publish
+from ..pipeline.output import replace as write_whole
+from ..pipeline.previews import to_image
+from .drafts import Drawn, Lost, Stepped
+from .engine import render
+from .journal import Entry, append, read_journal
+from .plan import Plan, Planned
+from .studio import Studio
+
+SUMMARY_FILE = "summary.json"
+_UNWRITTEN = 32  # pictures that may wait for the disk
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to: done + failed + blocked + skipped = asked.
+
+    Attributes:
+        asked: pictures that the file asks for; a bad line counts as one.
+        done: pictures that are there, from this run or an earlier one.
+        failed: pictures that could not be made.
+        blocked: lines that could not be read.
+        skipped: pictures that were not tried: of other parts, or after an interruption.
+        drawn: pictures that this run made.
+        seconds: that it took.
+        loads: part of the model -> how often it was loaded.
+    """
+
+    asked: int
+    done: int
+    failed: int
+    blocked: int
+    skipped: int
+    drawn: int
+    seconds: float
+    loads: Mapping[str, int]
+
+
+def settle(plan: Plan, out: Path) -> dict[str, Entry]:
+    """What is done of a plan, by key: those with a file and a line, and those with a file whose line was lost to a kill, which is added.
+
+    Raises:
+        OutputError: the journal cannot be written.
+    """
+    written = read_journal(out)
+    done: dict[str, Entry] = {}
+    for planned in plan.wanted:
+        entry = written.get(planned.item.key)
+        if entry is not None and entry.file is not None and (out / entry.file).is_file():
+            done[planned.item.key] = entry
+        elif (entry := _adopted(planned, out)) is not None:
+            append(out, entry)
+            done[planned.item.key] = entry
+    return done
+
+
+def _adopted(planned: Planned, out: Path) -> Entry | None:
+    """The entry of a file that carries the item's key."""
+    for name in candidates(planned.name):
+        if not (out / name).is_file():
+            return None
+        with suppress(DataError):
+            settings = read_metadata(out / name)
+            if settings.get("item") == planned.item.key:
+                return _done(planned, name, settings["truncated"], settings["fallbacks"])
+    return None
+
+
+def draw_missing(
+    studio: Studio, plan: Plan, done: Mapping[str, Entry], out: Path, *, part: tuple[int, int], window_bytes: int, tell: Callable[[Stepped], None]
+) -> Iterator[Entry]:
+    """Draw what is not done, each item in its planned batch; pictures are written while the next are drawn.
+
+    Args:
+        studio: the model.
+        plan: what is asked for.
+        done: from `settle`.
+        out: the folder.
+        part: (number, of how many) of the batches.
+        window_bytes: see `engine.render`.
+        tell: told after each step; may raise to stop, which loses no finished picture.
+
+    Yields:
+        The entry of each item that was drawn or lost, once it is in the journal.
+
+    Raises:
+        OutputError: a picture or the journal cannot be written.
+        TuDiffuseError: a part of the model cannot be loaded.
+    """
+    missing = {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
+    mine = missing_batches(plan, missing, part)
+    waiting: deque[Future[Entry]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
+        for result in render(studio, [[planned.item for planned in batch] for batch in mine], window_bytes, out, tell):
+            planned = missing.get(result.item.key)
+            if planned is None:
+                continue
+            waiting.append(writer.submit(_keep, planned, result, out))
+            while waiting and (waiting[0].done() or len(waiting) > _UNWRITTEN):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def missing_batches(plan: Plan, missing: Mapping[str, Planned], part: tuple[int, int]) -> list[tuple[Planned, ...]]:
+    """The batches of a part that hold a missing item."""
+    number, parts = part
+    return [batch for i, batch in enumerate(plan.batches) if i % parts == number - 1 and any(p.item.key in missing for p in batch)]
+
+
+def _keep(planned: Planned, result: Drawn | Lost, out: Path) -> Entry:
+    """Write a picture and its line."""
+    if isinstance(result, Lost):
+        entry = Entry(planned.item.key, planned.item.line, "failed", error=result.error)
+    else:
+        path = publish(encode_picture(to_image(result.pixels), result.settings, planned.item.picture_format), out, planned.name)
+        entry = _done(planned, path.name, result.settings["truncated"], result.settings["fallbacks"])
+    append(out, entry)
+    return entry
+
+
+def _done(planned: Planned, name: str, truncated: Mapping[str, str], fallbacks: Sequence[str]) -> Entry:
+    return Entry(planned.item.key, planned.item.line, "done", file=name, truncated=dict(truncated), fallbacks=tuple(fallbacks))
+
+
+def summarise(plan: Plan, out: Path, blocked: int, drawn: int, started: float, loads: Mapping[str, int]) -> Summary:
+    """Count what is there now and write `summary.json`.
+
+    Args:
+        plan: what is asked for.
+        out: the folder.
+        blocked: lines that could not be read.
+        drawn: pictures that this run made.
+        started: `time.monotonic()` when it began.
+        loads: see `Summary`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    written = read_journal(out)
+    states = [_state(written.get(planned.item.key), out) for planned in plan.wanted]
+    counts = {state: states.count(state) for state in ("done", "failed", "skipped")}
+    seconds = round(time.monotonic() - started, 3)
+    summary = Summary(asked=len(states) + blocked, blocked=blocked, drawn=drawn, seconds=seconds, loads=dict(loads), **counts)
+    write_whole((json.dumps(asdict(summary), indent=1) + "\n").encode(), out / SUMMARY_FILE)
+    return summary
+
+
+def _state(entry: Entry | None, out: Path) -> str:
+    if entry is None:
+        return "skipped"
+    return entry.status if entry.file is None or (out / entry.file).is_file() else "skipped"

@@ -1,0 +1,116 @@
+"""The parts of a model for a whole run: text encoders, experts and codec, each in memory only while it is needed where memory is short."""
+
+import gc
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..contracts import Conditioning
+from ..pipeline.folder import ModelFolder
+from ..pipeline.loading import Encode, Place, load_codec, load_experts, load_readers
+from ..pipeline.request import Request
+from ..schedulers.schedules import SigmaSchedule
+from ..unet.experts import ExpertTable
+from ..unet.residency import ExpertPool
+from ..vae.codec import LatentCodec
+
+TEXTS_KEPT = 512  # encoded prompts that are remembered
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """A prompt and its negative as one expert reads them, one row each, on the CPU; and the words beyond the encoders' limits."""
+
+    prompt: Conditioning
+    negative: Conditioning
+    overflow: Mapping[str, str]
+
+
+class Studio:
+    """The parts of a model, each loaded when it is asked for.
+
+    With `roomy`, every part stays once it was loaded. Without, text encoders, experts and codec take turns: asking for one lets the others go.
+    """
+
+    def __init__(self, folder: ModelFolder, place: Place, *, roomy: bool) -> None:
+        self.folder = folder
+        self.place = place
+        self.roomy = roomy
+        self.fallbacks: tuple[str, ...] = ()  # parts that the library's classes compute
+        self._loads: Counter[str] = Counter()
+        self._readers: Mapping[str, Encode] | None = None
+        self._experts: ExpertPool | None = None
+        self._codec: LatentCodec | None = None
+        self._texts: OrderedDict[tuple[str, str, int, int], Mapping[str, Said]] = OrderedDict()
+
+    def read(self, request: Request) -> Mapping[str, Said]:
+        """What each expert is told of a request; a text that was read before is remembered."""
+        text = (request.prompt, request.negative, request.width, request.height)
+        if text not in self._texts:
+            self._texts[text] = _read(self._text_encoders(), text)
+            while len(self._texts) > TEXTS_KEPT:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(text)
+        return self._texts[text]
+
+    def experts(self) -> ExpertPool:
+        """The experts; with `roomy` all of them stay, else the one that computes and the one that is prefetched."""
+        if self._experts is None:
+            self._make_room()
+            self._experts, fallbacks = load_experts(self.folder, self.place, keep="all" if self.roomy else "active")
+            self._note(fallbacks)
+        return self._experts
+
+    def table(self, schedule: SigmaSchedule) -> ExpertTable:
+        """The experts as the denoiser of a run."""
+        return self.experts().table(schedule.timestep_at, ahead=self.roomy)
+
+    def codec(self) -> LatentCodec:
+        """The codec."""
+        if self._codec is None:
+            self._make_room()
+            self._codec, fallbacks = load_codec(self.folder, self.place)
+            self._loads["codec"] += 1
+            self._note(fallbacks)
+        return self._codec
+
+    @property
+    def loads(self) -> dict[str, int]:
+        """How often each part was loaded."""
+        now = Counter() if self._experts is None else self._experts.loads
+        return dict(self._loads + now)
+
+    def _text_encoders(self) -> Mapping[str, Encode]:
+        if self._readers is None:
+            self._make_room()
+            self._readers = load_readers(self.folder, self.place)
+            self._loads["text encoders"] += 1
+        return self._readers
+
+    def _note(self, fallbacks: tuple[str, ...]) -> None:
+        self.fallbacks = tuple(dict.fromkeys((*self.fallbacks, *fallbacks)))
+
+    def _make_room(self) -> None:
+        if not self.roomy:
+            self._loads += Counter() if self._experts is None else self._experts.loads
+            self._readers = self._experts = self._codec = None
+            gc.collect()
+
+
+def _read(readers: Mapping[str, Encode], text: tuple[str, str, int, int]) -> dict[str, Said]:
+    known: dict[Encode, Said] = {}
+    for encode in dict.fromkeys(readers.values()):
+        prompt, negative = encode(*text)
+        overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
+        known[encode] = Said(on_device(prompt.conditioning, "cpu"), on_device(negative.conditioning, "cpu"), overflow)
+    return {name: known[encode] for name, encode in readers.items()}
+
+
+def on_device(conditioning: Conditioning, device: torch.device | str) -> Conditioning:
+    """A conditioning on another device."""
+    parts = (conditioning.tokens, conditioning.mask, conditioning.pooled, conditioning.size_ids)
+    tokens, mask, pooled, size_ids = (None if part is None else part.to(device) for part in parts)
+    assert tokens is not None
+    return Conditioning(tokens, mask, pooled, size_ids)
