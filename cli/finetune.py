@@ -76,7 +76,7 @@ def finetune(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a model on LAION-style shards, as img2dataset writes them.
+    """Fine-tune a model on LAION-style shards, as img2dataset writes them, or as tu-diffuse shards encode does.
 
     Run the same command again to go on after an interruption: the result is the same, bit for bit (float32, CPU). The result is OUT/model, an
     ordinary model folder, and with --lora also OUT/pytorch_lora_weights.safetensors.

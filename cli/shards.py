@@ -1,4 +1,4 @@
-"""`tu-diffuse shards`: check, count and filter LAION-style tar shards."""
+"""`tu-diffuse shards`: check, count, filter and encode LAION-style tar shards."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import typer
 
 from ..errors import DataError, OutputError, UsageError
 from .info import lines_of
-from .options import EXIT_CODES, Debug, Json
+from .options import EXIT_CODES, Debug, Device, Json, Model
 from .shard_options import (
     AestheticVersion,
     Aspect,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ..training.shards import ShardIndex
 
 app = typer.Typer(
-    help="Check, count and filter LAION-style tar shards, as img2dataset writes them.",
+    help="Check, count, filter and encode LAION-style tar shards, as img2dataset writes them.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -249,6 +249,93 @@ def filter_shards(
             say(f"{written.path}: {written.kept} samples")
     summary = _account(index) | {"dropped": len(reasons) - kept, "kept": kept}
     _print_summary(summary, as_json)
+
+
+@app.command(epilog=EXIT_CODES)
+def encode(
+    specs: Shards,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the encoded shards go, under the names of their sources.")],
+    model: Model = None,
+    resolution: Annotated[int | None, typer.Option(help="Side in pixels. [default: the model's]")] = None,
+    buckets: Annotated[bool, typer.Option("--buckets", help="Keep aspect ratios, for finetune --buckets, instead of square cuts.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of what is stored: float32, float16 or bfloat16.")] = "float16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples that the networks see at once.")] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Threads that read and decode; no effect on the result.")] = 2,
+    preset: Preset = None,
+    language: Language = None,
+    max_unsafe: MaxUnsafe = None,
+    min_aesthetic: MinAesthetic = None,
+    aesthetic_version: AestheticVersion = None,
+    max_watermark: MaxWatermark = None,
+    min_similarity: MinSimilarity = None,
+    min_size: MinSize = None,
+    aspect: Aspect = None,
+    missing: Missing = None,
+    skip_damaged: SkipDamaged = False,
+    max_lost: MaxLost = 0.01,
+    verify_pictures: VerifyPictures = False,
+    verify_hashes: VerifyHashes = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a model's VAE and text encoders over shards once, and write shards of what they say, which finetune takes in place of the pictures.
+
+    Training then needs neither of them in memory and loses no time to them; text dropout, posterior samples and everything that finetune trains stay
+    as they are. Pictures are cut in the middle. Run the same command again to go on after an interruption: shards that are done are kept. Encoded
+    shards belong to the model's VAE, text encoders and tokenizers, and to the resolution; another --out takes another encoding.
+
+    Examples:
+
+      tu-diffuse shards encode 'laion/*.tar' --out encoded/
+
+      tu-diffuse shards encode 'laion/{00000..00099}.tar' --model my-sdxl --resolution 512 --buckets --out encoded/ --filter laion-aesthetic
+
+      tu-diffuse finetune --shards 'encoded/*.tar' --out tuned --steps 2000 --lora 16
+
+    With --json one line a shard (kind "shard": path, source, kept, dropped by reason, was_there), then one (kind "summary": the fields of check's,
+    dropped, kept, encoding, seconds).
+    """
+    del debug  # read in main.py
+    import time
+
+    from ..pipeline.folder import open_folder
+    from ..pipeline.loading import choose_device
+    from ..training.encode_shards import encode_shards, load_encoder
+    from ..training.filters import aspect_range, check_filters, drop_reason, make_filters
+    from ..training.shard_specs import shard_name
+    from ..training.shards import encoding_of
+
+    filters = make_filters(
+        preset,
+        language=language,
+        max_unsafe=max_unsafe,
+        min_aesthetic=min_aesthetic,
+        aesthetic_version=aesthetic_version,
+        max_watermark=max_watermark,
+        min_similarity=min_similarity,
+        min_size=min_size,
+        aspect=aspect_range(aspect),
+        missing=missing,
+    )
+    encoder = load_encoder(open_folder(model), resolution, buckets, dtype, choose_device(device))
+    index = _index(specs, skip_damaged, max_lost, verify_pictures=verify_pictures, verify_hashes=verify_hashes)
+    if encoding_of(index) is not None:
+        raise UsageError("The shards are encoded already; give the shards of pictures that they were made from.")
+    check_filters(filters, [sample.columns for sample in index.samples])
+    reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
+    kept = reasons.count(None)
+    if not kept:
+        raise DataError(f"None of the {len(reasons)} samples passes the filters; see what each drops with tu-diffuse shards stats.")
+    started = time.monotonic()
+    with progress("encoding", len(index.shards)) as say:
+        for done in encode_shards(index, reasons, encoder, out, batch_size=batch_size, threads=workers):
+            line = asdict(done) | {"kind": "shard", "path": str(done.path), "source": shard_name(done.source)}
+            print(json.dumps(line) if as_json else printable(str(done.path)), flush=True)
+            say(f"{done.path}: {done.kept} samples{', was there' if done.was_there else ''}")
+    seconds = round(time.monotonic() - started, 1)
+    account = _account(index) | {"dropped": len(reasons) - kept, "kept": kept, "encoding": encoder.encoding.key, "seconds": seconds}
+    _print_summary(account, as_json)
 
 
 def _index(specs: Sequence[str], skip_damaged: bool, max_lost: float, *, verify_pictures: bool, verify_hashes: bool) -> "ShardIndex":

@@ -168,20 +168,21 @@ def load_text(
         tokenizer = load_tokenizer(folder.path / component("tokenizer_2"))
         return T5Part(tokenizer, load_weights(encoder, folder.path / name, "model", dtype, device, convert=t5_state_dict))
 
-    def conditioner() -> Conditioner:
-        name = component("conditioner")
-        config = ConditionerConfig.from_dict(folder.configs[name])
-        return load_weights(without_storage(lambda: Conditioner(config, backend)), folder.path / name, dtype=dtype, device=device)
-
     match family:
         case "sd":
             return clip("text_encoder")
         case "clip-t5":
-            return ClipT5Part(clip("text_encoder"), t5(), conditioner())
+            return ClipT5Part(clip("text_encoder"), t5(), load_conditioner(folder, place, component("conditioner")))
         case "sdxl-refiner":
             return None, clip("text_encoder_2")
         case _:
             return clip("text_encoder"), clip("text_encoder_2")
+
+
+def load_conditioner(folder: ModelFolder, place: Place, name: str = "conditioner") -> Conditioner:
+    """Load the join of CLIP and T5, the component `name`, without the encoders."""
+    config = ConditionerConfig.from_dict(folder.configs[name])
+    return load_weights(without_storage(lambda: Conditioner(config, place.attention)), folder.path / name, dtype=place.dtype, device=place.device)
 
 
 def load_readers(folder: ModelFolder, place: Place) -> dict[str, Encode]:

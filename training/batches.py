@@ -5,7 +5,7 @@ Nothing here depends on how many threads decode or how many processes train: the
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..errors import UsageError
+from ..pipeline.folder import ModelFolder
 from .loop import epoch_order, generator_for
+from .shards import ShardIndex
 
 Row = TypeVar("Row")
 Made = TypeVar("Made")
@@ -56,6 +59,32 @@ def make_buckets(side: int, multiple: int, longest: float = 2.0) -> list[tuple[i
     return sizes
 
 
+def sizes_for(folder: ModelFolder, resolution: int | None, buckets: bool) -> tuple[tuple[int, int], ...]:
+    """The buckets of a model, or its one square; `resolution` in pixels, None for the model's.
+
+    Raises:
+        UsageError: the model cannot work at that resolution.
+    """
+    multiple = folder.factor * 2 ** (len(folder.configs["unet"]["block_out_channels"]) - 1)
+    side = folder.defaults.width if resolution is None else resolution
+    if side % multiple:
+        below = side - side % multiple
+        near = f"{below or multiple} or {below + multiple}"
+        raise UsageError(f"--resolution {side} is not a multiple of {multiple}, which this model needs; take {near}.")
+    return tuple(make_buckets(side, multiple)) if buckets else ((side, side),)
+
+
+def bucket_of(index: ShardIndex, number: int, sizes: Sequence[tuple[int, int]]) -> int:
+    """The bucket of a picture, by its columns where they tell its size."""
+    if len(sizes) == 1:
+        return 0
+    columns = index.samples[number].columns
+    if columns.width is not None and columns.height is not None:
+        return nearest_bucket(columns.width, columns.height, sizes)
+    height, width = index.picture(number).shape[:2]
+    return nearest_bucket(width, height, sizes)
+
+
 def nearest_bucket(width: int, height: int, buckets: Sequence[tuple[int, int]]) -> int:
     """The number of the bucket whose aspect ratio is nearest in its logarithm."""
     wanted = math.log(width / height)
@@ -83,7 +112,7 @@ def batch_plan(bucket_of: Sequence[int], batch_size: int, seed: int) -> Iterator
                 queue.clear()
 
 
-def ahead(make: Callable[[Row], Made], batches: Iterator[Sequence[Row]], threads: int) -> Iterator[list[Made]]:
+def ahead(make: Callable[[Row], Made], batches: Iterator[Sequence[Row]], threads: int) -> Generator[list[Made], None, None]:
     """Make the rows of each batch, up to AHEAD batches ahead on `threads` threads (0: when they are asked for); order and result stay the same.
 
     Raises:

@@ -21,15 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionBackend
 from ..errors import ModelError, UsageError
 from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import Place, load_codec, load_text
+from .encoded import open_source, stored_encoding
 from .intervals import expert_of, first_timestep
 from .loop import generator_for
 from .objective import Draw, Objective, denoising_loss
 from .shards import ShardIndex
-from .sources import picture_source
 from .subject import load_subject, predictor
 
 FOLDS = 8  # independent sets of pictures: products of gradients of different folds have no bias from sampling, and leaving each out shows the spread
@@ -94,7 +92,7 @@ def suggest_boundary(
         report: told of progress.
 
     Raises:
-        UsageError: no such expert, fewer timesteps than bins, or fewer pictures than `samples`.
+        UsageError: no such expert, fewer timesteps than bins, fewer pictures than `samples`, or shards that were encoded for another model.
         ModelError: weights that cannot be loaded, or a loss that is not finite.
     """
     entry = expert_of(folder, expert)
@@ -106,9 +104,9 @@ def suggest_boundary(
         raise UsageError(f"--samples {samples} was asked for and the shards hold {len(index.samples)}; give a number from {FOLDS} to that.")
     edges = tuple(first + round(number * (end - first) / bins) for number in range(bins + 1))
     where = torch.device("cpu") if device is None else device
-    subject, place = load_subject(folder, entry.name, where), Place(where, torch.float32, AttentionBackend.AUTO)
-    source = picture_source(folder, index, load_codec(folder, place)[0], load_text(folder, place), where)
     size = (folder.defaults.width, folder.defaults.height)
+    subject = load_subject(folder, entry.name, where)
+    source = open_source(folder, index, stored_encoding(folder, index, size[0], buckets=False), where)
     objective = Objective(sigmas=folder.noise.sigmas, t_min=first, t_max=end, prediction_type=folder.noise.prediction_type)
     chosen = torch.randperm(len(index.samples), generator=generator_for(seed, 0)).tolist()
 

@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionBackend
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import Place, load_codec, load_text
-from .batches import ahead, batch_plan, crop_generator, make_buckets, nearest_bucket
+from .batches import ahead, batch_plan, bucket_of, crop_generator, sizes_for
 from .config import FinetuneConfig
+from .encoded import encoded_bucket, open_source, stored_encoding
+from .encoded_members import StoredEncoding
 from .expert_files import Draft, Kept, weights_for, write_model
 from .loop import Logged, TrainConfig, generator_for, train
 from .lora import add_adapters, pairs_of, write_diffusers, write_kohya
 from .objective import Draw, Objective, denoising_loss, draw
 from .shards import ShardIndex
-from .sources import Source, picture_source
+from .sources import Source
 from .subject import Subject, load_subject, predictor
 from .workers import ALONE, Workers
 
@@ -46,6 +46,7 @@ class Plan:
         config: every option.
         folder: the model.
         index: of the shards.
+        stored: how encoded shards were made; None for pictures.
         trained: sample numbers trained on.
         held_out: sample numbers of the validation loss.
         sizes: the buckets, (width, height).
@@ -55,6 +56,7 @@ class Plan:
     config: FinetuneConfig
     folder: ModelFolder
     index: ShardIndex
+    stored: StoredEncoding | None
     trained: tuple[int, ...]
     held_out: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
@@ -77,37 +79,22 @@ def make_plan(config: FinetuneConfig, folder: ModelFolder, index: ShardIndex, ke
         kept: numbers of the samples that passed the filters.
 
     Raises:
-        UsageError: the options do not fit the model, or too few samples are left.
+        UsageError: the options or encoded shards do not fit the model, or too few samples are left.
     """
     if config.t5_dropout and folder.family != "clip-t5":
         raise UsageError(f"--t5-dropout has no meaning for {folder.name!r}, which has no T5; leave it out.")
     if config.format == "kohya" and folder.family.startswith("sdxl"):
         raise UsageError("--format kohya is not written for SDXL, whose layers kohya's programs call otherwise; use --format diffusers.")
-    multiple = folder.factor * 2 ** (len(folder.configs["unet"]["block_out_channels"]) - 1)
-    side = folder.defaults.width if config.resolution is None else config.resolution
-    if side % multiple:
-        below = side - side % multiple
-        near = f"{below or multiple} or {below + multiple}"
-        raise UsageError(f"--resolution {side} is not a multiple of {multiple}, which this model needs; take {near}.")
-    sizes = tuple(make_buckets(side, multiple)) if config.buckets else ((side, side),)
+    sizes = sizes_for(folder, config.resolution, config.buckets)
+    stored = stored_encoding(folder, index, sizes[0][0], config.buckets)
     generator = generator_for(config.seed, 1 << 37)
     order = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
     count = round(len(order) * config.validation_share)
     held_out, trained = order[:count], sorted(order[count:])
     if len(trained) < config.batch_size:
         raise UsageError(f"{len(trained)} samples are left to train on, fewer than --batch-size {config.batch_size}; loosen the filters or lower it.")
-    buckets = {number: _bucket(index, number, sizes) for number in order}
-    return Plan(config, folder, index, tuple(trained), tuple(held_out), sizes, buckets)
-
-
-def _bucket(index: ShardIndex, sample: int, sizes: Sequence[tuple[int, int]]) -> int:
-    if len(sizes) == 1:
-        return 0
-    columns = index.samples[sample].columns
-    if columns.width is not None and columns.height is not None:
-        return nearest_bucket(columns.width, columns.height, sizes)
-    height, width = index.picture(sample).shape[:2]
-    return nearest_bucket(width, height, sizes)
+    buckets = {number: bucket_of(index, number, sizes) if stored is None else encoded_bucket(index, number, sizes, folder.factor) for number in order}
+    return Plan(config, folder, index, stored, tuple(trained), tuple(held_out), sizes, buckets)
 
 
 def finetune(
@@ -170,7 +157,7 @@ def finetune(
         log_every=min(20, config.steps),
         when_full=config.when_full,
     )
-    source = open_source(plan, where)
+    source = open_source(plan.folder, plan.index, plan.stored, where)
     loss_at = _losses(plan, subject, source, objective, workers)
     observe = _observer(plan, subject, source, objective, out, report, workers, draw_prompts)
     trained = train(
@@ -191,14 +178,6 @@ def finetune(
 
 def _alpha(config: FinetuneConfig) -> float:
     return float(config.lora or 0) if config.lora_alpha is None else config.lora_alpha
-
-
-def open_source(plan: Plan, device: torch.device) -> Source:
-    """Where the samples of a run come from, with the frozen parts of the model that it needs in memory."""
-    place = Place(device, torch.float32, AttentionBackend.AUTO)
-    text = load_text(plan.folder, place)
-    codec, _ = load_codec(plan.folder, place)
-    return picture_source(plan.folder, plan.index, codec, text, device)
 
 
 def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, workers: Workers) -> Callable[[int], Mapping[str, Tensor]]:

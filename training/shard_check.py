@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from ..errors import DataError
 from .columns import Columns
-from .shard_runs import Run, judge, read_runs
+from .encoded_members import ENCODING_MEMBER, Encoding, StoredEncoding
+from .shard_runs import Read, Run, judge, read_runs
 from .shard_scan import Gap
 from .shard_specs import open_shard, read_beside, shard_name
 
@@ -21,16 +22,18 @@ _GAPS = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture with its caption, and where it lies.
+    """One picture, or the features that it was encoded to, with its caption, and where it lies.
 
     Attributes:
         shard: number of its shard.
         key: the members' common name up to the first dot, with the folder if any.
-        offset, size: of the encoded picture in the shard, in bytes.
+        offset, size: of the picture file or the features in the shard, in bytes.
         caption: the .txt.
         columns: what the .json says.
         metadata_offset, metadata_size: of the .json, in bytes; 0 when there is none.
         spans: from byte, to byte, ... of its members with their headers, in order.
+        encoding: of features, `Encoding.key`; "" for a picture.
+        latent: height and width of its latents; zeros for a picture.
     """
 
     shard: int
@@ -42,14 +45,16 @@ class Sample:
     metadata_offset: int
     metadata_size: int
     spans: tuple[int, ...]
+    encoding: str = ""
+    latent: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
     """One damaged place: the shard's location, the sample's key ("" where none is near), the byte offset, and why.
 
-    `reason` is header, truncated, zeros or count for a place in the tar; bad name, split key, duplicate key, too large, no picture, no caption,
-    bad caption, empty caption, bad json, picture or hash for a sample.
+    `reason` is header, truncated, zeros or count for a place in the tar, encoding for what says how an encoded shard was made; bad name, split key,
+    duplicate key, too large, mixed, no picture, no caption, bad caption, empty caption, bad json, picture, hash or encoded for a sample.
     """
 
     shard: str
@@ -72,6 +77,7 @@ class ShardReport:
         gap_bytes: bytes between a bad header and the next good one.
         sample_bytes: bytes of all whole samples, headers included.
         unhashed: samples without a hash, when hashes are verified.
+        encodings: of an encoded shard, what says how it was made.
     """
 
     location: str
@@ -86,6 +92,7 @@ class ShardReport:
     gap_bytes: int
     sample_bytes: int
     unhashed: int
+    encodings: tuple[StoredEncoding, ...] = ()
 
 
 def check_shard(location: str, number: int = 0, *, verify_pictures: bool = False, verify_hashes: bool = False) -> ShardReport:
@@ -97,16 +104,17 @@ def check_shard(location: str, number: int = 0, *, verify_pictures: bool = False
     """
     with open_shard(location) as file:
         try:
-            runs, gaps, ignored = read_runs(file, verify_pictures, verify_hashes)
+            read = read_runs(file, verify_pictures, verify_hashes)
         except OSError as error:
             raise DataError(f"Shard {shard_name(location)} cannot be read ({error.strerror or error}); check disk and connection.") from error
+    runs, gaps = read.runs, read.gaps
     twins: defaultdict[str, list[Run]] = defaultdict(list)
     for run in runs:
         twins[run.key].append(run)
     samples: list[Sample] = []
     damages: list[Damage] = []
     skipped: Counter[str] = Counter()
-    members = Counter(used=0, skipped=0, ignored=ignored)
+    members = Counter(used=len(read.encodings), skipped=0, ignored=read.ignored)
     lost_to: dict[Gap, str] = {}
     for run in runs:
         problem = judge(run, twins[run.key])
@@ -122,6 +130,8 @@ def check_shard(location: str, number: int = 0, *, verify_pictures: bool = False
         members["used" if problem is None else "skipped"] += len(run.members)
     for gap, before in gaps:
         damages.append(Damage(location, lost_to.get(gap, before), gap.start, gap.reason, _GAPS[gap.reason]))
+    encodings, undescribed = _encodings(location, number, read, samples)
+    damages += undescribed
     promised = _promised(location)
     if promised is not None and promised > len(twins) and not gaps:
         detail = f"it holds {len(twins)} samples but its _stats.json counts {promised}"
@@ -139,11 +149,22 @@ def check_shard(location: str, number: int = 0, *, verify_pictures: bool = False
         gap_bytes=sum(gap.end - gap.start for gap, _ in gaps if gap.reason == "header"),
         sample_bytes=sum(sample.spans[-1] - sample.spans[0] for sample in samples),
         unhashed=sum(run.hash is None for run in runs) if verify_hashes else 0,
+        encodings=encodings,
     )
 
 
+def _encodings(location: str, number: int, read: Read, samples: Sequence[Sample]) -> tuple[tuple[StoredEncoding, ...], list[Damage]]:
+    """What says how the samples were encoded, and what is wrong with that."""
+    stored = tuple(StoredEncoding(number, m.start, m.data, m.end, m.size, said) for m, said in read.encodings if isinstance(said, Encoding))
+    damages = [Damage(location, "", m.start, "encoding", f"{m.name}: {said}") for m, said in read.encodings if isinstance(said, str)]
+    undescribed = {sample.encoding for sample in samples} - {"", *(each.encoding.key for each in stored)}
+    if undescribed and not damages and not read.gaps:
+        damages.append(Damage(location, "", 0, "encoding", f"it has no {ENCODING_MEMBER} that says how its samples were encoded"))
+    return stored, damages
+
+
 def _sample(run: Run, number: int) -> Sample:
-    picture, metadata = run.parts["picture"], run.parts.get("metadata")
+    picture, metadata = run.parts.get("picture") or run.parts["encoded"], run.parts.get("metadata")
     spans: list[int] = []
     for member in run.members:
         if spans and spans[-1] == member.start:
@@ -160,6 +181,8 @@ def _sample(run: Run, number: int) -> Sample:
         metadata_offset=0 if metadata is None else metadata.data,
         metadata_size=0 if metadata is None else metadata.size,
         spans=tuple(spans),
+        encoding=run.encoding,
+        latent=run.latent,
     )
 
 

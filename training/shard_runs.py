@@ -4,16 +4,36 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from sys import intern
 from typing import BinaryIO, cast
 
 from ..errors import DataError
 from .columns import Columns, read_columns
+from .encoded_members import (
+    ENCODED_SUFFIX,
+    ENCODING_MEMBER,
+    Encoding,
+    check_content,
+    header_length,
+    read_encoding,
+    read_header,
+    sample_header,
+)
 from .pictures import SIGNATURE_BYTES, decode_picture, has_signature
 from .shard_scan import Gap, Member, scan
 
 MAX_PICTURE_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 20
-_KINDS = {"jpg": "picture", "jpeg": "picture", "png": "picture", "webp": "picture", "txt": "caption", "json": "metadata"}
+_KINDS = {
+    "jpg": "picture",
+    "jpeg": "picture",
+    "png": "picture",
+    "webp": "picture",
+    ENCODED_SUFFIX: "encoded",
+    "txt": "caption",
+    "json": "metadata",
+}
+_WHOLE = 3  # members of a sample to which nothing can be added: picture or features, caption, JSON
 _HASHES = ("sha256", "sha512", "sha1", "md5")  # img2dataset names the column after the hash
 
 
@@ -30,17 +50,37 @@ class Run:
     columns: Columns = field(default_factory=Columns)
     hash: tuple[str, str] | None = None
     content: bytes = b""  # of the picture, until it is verified
+    encoding: str = ""  # of features, the key of how they were made
+    latent: tuple[int, int] = (0, 0)  # their height and width
 
     @property
     def complete(self) -> bool:
-        """Whether the picture and the caption are there."""
-        return "picture" in self.parts and "caption" in self.parts
+        """Whether the picture, or what it was encoded to, and the caption are there."""
+        return ("picture" in self.parts or "encoded" in self.parts) and "caption" in self.parts
 
 
-def read_runs(file: BinaryIO, verify_pictures: bool, verify_hashes: bool) -> tuple[list[Run], list[tuple[Gap, str]], int]:
-    """The runs of a shard, its gaps each with the key before it, and the number of members that are passed over."""
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What lies in a shard.
+
+    Attributes:
+        runs: in order.
+        gaps: each with the key before it.
+        ignored: how many members are passed over.
+        encodings: its `encoding.safetensors`, each with what it says, or why it cannot be read.
+    """
+
+    runs: list[Run]
+    gaps: list[tuple[Gap, str]]
+    ignored: int
+    encodings: list[tuple[Member, Encoding | str]]
+
+
+def read_runs(file: BinaryIO, verify_pictures: bool, verify_hashes: bool) -> Read:
+    """Read a shard from end to end."""
     runs: list[Run] = []
     gaps: list[tuple[Gap, str]] = []
+    encodings: list[tuple[Member, Encoding | str]] = []
     fresh: list[Gap] = []  # gaps since the last member that was kept
     ignored = 0
     for event in scan(file):
@@ -49,6 +89,9 @@ def read_runs(file: BinaryIO, verify_pictures: bool, verify_hashes: bool) -> tup
             fresh.append(event)
             if runs:
                 runs[-1].gaps.append(event)
+            continue
+        if event.name == ENCODING_MEMBER and event.plain:
+            encodings.append((event, _encoding(file, event)))
             continue
         key, kind = _split_name(event.name)
         if not kind or not event.plain:
@@ -62,7 +105,17 @@ def read_runs(file: BinaryIO, verify_pictures: bool, verify_hashes: bool) -> tup
         _add(runs[-1], kind, event, file, whole=verify_pictures or verify_hashes)
     if runs:
         _verify(runs[-1], verify_pictures, verify_hashes)
-    return runs, gaps, ignored
+    return Read(runs, gaps, ignored, encodings)
+
+
+def _encoding(file: BinaryIO, member: Member) -> Encoding | str:
+    if member.size > MAX_PICTURE_BYTES:
+        return f"it has {member.size} bytes, more than {MAX_PICTURE_BYTES}"
+    file.seek(member.data)
+    try:
+        return read_encoding(file.read(member.size))
+    except DataError as error:
+        return str(error)
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -73,9 +126,9 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _add(run: Run, kind: str, member: Member, file: BinaryIO, whole: bool) -> None:
-    """Take one member into a run, with the content of a caption or JSON, and of a picture its beginning or the whole."""
+    """Take one member into a run, with the content of a caption or JSON, and of a picture or features the beginning or the whole."""
     run.members.append(member)
-    limit = MAX_PICTURE_BYTES if kind == "picture" else MAX_TEXT_BYTES
+    limit = MAX_PICTURE_BYTES if kind in ("picture", "encoded") else MAX_TEXT_BYTES
     if kind in run.parts:
         run.problems.append(("duplicate key", f"it has two members of the kind {kind}, so nobody knows which belong together", member.start))
         return
@@ -84,6 +137,9 @@ def _add(run: Run, kind: str, member: Member, file: BinaryIO, whole: bool) -> No
         run.problems.append(("too large", f"its {kind} has {member.size} bytes, more than {limit}", member.start))
         return
     file.seek(member.data)
+    if kind == "encoded":
+        _add_encoded(run, member, file, whole)
+        return
     content = file.read(member.size if whole or kind != "picture" else min(member.size, SIGNATURE_BYTES))
     try:
         match kind:
@@ -105,6 +161,18 @@ def _add(run: Run, kind: str, member: Member, file: BinaryIO, whole: bool) -> No
         run.problems.append((reason, detail, member.start))
 
 
+def _add_encoded(run: Run, member: Member, file: BinaryIO, whole: bool) -> None:
+    try:
+        start = file.read(min(member.size, 8))
+        start += file.read((member.size if whole else header_length(start, member.size)) - len(start))
+        key, run.latent = sample_header(start, member.size)
+        run.encoding = intern(key)
+        if whole:
+            check_content(read_header(start, member.size), start)
+    except DataError as error:
+        run.problems.append(("encoded", f"its features are damaged: {error}", member.start))
+
+
 def _read_metadata(run: Run, metadata: Mapping[str, object]) -> None:
     run.columns = read_columns(metadata)
     run.hash = next(((name, value.lower()) for name in _HASHES if isinstance(value := metadata.get(name), str)), None)
@@ -113,7 +181,7 @@ def _read_metadata(run: Run, metadata: Mapping[str, object]) -> None:
 def _verify(run: Run, verify_pictures: bool, verify_hashes: bool) -> None:
     """Look into the picture of a run that is read to its end, and let its bytes go."""
     content, run.content = run.content, b""
-    if not run.complete or run.problems:
+    if not run.complete or run.problems or "picture" not in run.parts:
         return
     start = run.parts["picture"].start
     if verify_hashes and run.hash is not None and hashlib.new(run.hash[0], content, usedforsecurity=False).hexdigest() != run.hash[1]:
@@ -131,7 +199,7 @@ def judge(run: Run, twins: list[Run]) -> tuple[str, str, int] | Gap | None:
     start = run.members[0].start
     if not run.key.isprintable() or run.key.startswith("/") or "\\" in run.key or ".." in run.key.split("/"):
         return "bad name", "its name leads out of a folder or cannot be printed", start
-    if run.gaps and len(run.parts) < len(set(_KINDS.values())):
+    if run.gaps and len(run.parts) < _WHOLE:
         return run.gaps[0]
     if len(twins) > 1 and not all(twin.complete for twin in twins):
         return "split key", "its members are not adjacent", start
@@ -139,7 +207,9 @@ def judge(run: Run, twins: list[Run]) -> tuple[str, str, int] | Gap | None:
         return "duplicate key", "its key was there before", start
     if run.problems:
         return run.problems[0]
-    if "picture" not in run.parts:
+    if "picture" in run.parts and "encoded" in run.parts:
+        return "mixed", "it has both a picture and what one was encoded to", start
+    if "picture" not in run.parts and "encoded" not in run.parts:
         return "no picture", "it has a caption or .json but no picture", start
     if "caption" not in run.parts:
         return "no caption", "it has no caption (.txt)", start

@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -46,46 +46,84 @@ def write_filtered(index: ShardIndex, reasons: Sequence[str | None], out: Path) 
         OutputError: a file of that name exists, or the folder cannot be written.
         DataError: a shard changed since it was indexed.
     """
-    paths = [out / _file_name(location) for location in index.shards]
-    double = [name for name, count in Counter(path.name for path in paths).items() if count > 1]
-    if double:
-        raise UsageError(f"{double[0]!r} is the file name of more than one shard; filter them into different folders.")
+    paths = shard_paths(index.shards, out)
     for path in paths:
-        for final in (path, _stats_path(path)):
+        for final in (path, stats_path(path)):
             if os.path.lexists(final):
                 raise OutputError(f"{str(final)!r} exists and is never overwritten; give another --out.")
+    make_folder(out)
+    for location, path, numbers in zip(index.shards, paths, samples_by_shard(index), strict=True):
+        kept = [index.samples[i] for i in numbers if reasons[i] is None]
+        dropped = count_reasons(reasons[i] for i in numbers)
+        encodings = [(each.start, each.end) for each in index.encodings if index.shards[each.shard] == location]
+        _write_shard(location, encodings, kept, path)
+        write_stats(path, len(kept), dropped)
+        yield Written(path, location, len(kept), dropped)
+
+
+def shard_paths(locations: Sequence[str], out: Path) -> list[Path]:
+    """Where the shards made from these go: files of the same names in the folder `out`.
+
+    Raises:
+        UsageError: two shards have one file name.
+    """
+    paths = [out / _file_name(location) for location in locations]
+    double = [name for name, count in Counter(path.name for path in paths).items() if count > 1]
+    if double:
+        raise UsageError(f"{double[0]!r} is the file name of more than one shard; write them into different folders.")
+    return paths
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder when it is missing; OutputError when that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(out, error) from error
+
+
+def samples_by_shard(index: ShardIndex) -> list[list[int]]:
+    """The numbers of the samples of each shard."""
     of_shard: list[list[int]] = [[] for _ in index.shards]
     for i, sample in enumerate(index.samples):
         of_shard[sample.shard].append(i)
-    for location, path, numbers in zip(index.shards, paths, of_shard, strict=True):
-        kept = [index.samples[i] for i in numbers if reasons[i] is None]
-        dropped = dict(Counter(reason for i in numbers if (reason := reasons[i]) is not None).most_common())
-        _write_shard(location, kept, path)
-        stats = {
-            "count": len(numbers),
-            "successes": len(kept),
-            "failed_to_download": 0,
-            "failed_to_resize": 0,
-            "status_dict": {"success": len(kept)} | dropped,
-        }
-        text = json.dumps(stats, indent=4).encode()
-        publish(lambda file, text=text: file.write(text), _stats_path(path))
-        yield Written(path, location, len(kept), dropped)
+    return of_shard
 
 
-def _write_shard(location: str, samples: Sequence[Sample], path: Path) -> None:
+def count_reasons(reasons: Iterable[str | None]) -> dict[str, int]:
+    """How many samples are left out for each reason, most frequent first."""
+    return dict(Counter(reason for reason in reasons if reason is not None).most_common())
+
+
+def write_stats(path: Path, kept: int, dropped: Mapping[str, int]) -> None:
+    """Write the `_stats.json` of the shard `path`, with img2dataset's fields."""
+    stats = {
+        "count": kept + sum(dropped.values()),
+        "successes": kept,
+        "failed_to_download": 0,
+        "failed_to_resize": 0,
+        "status_dict": {"success": kept, **dropped},
+    }
+    text = json.dumps(stats, indent=4).encode()
+    publish(lambda file: file.write(text), stats_path(path))
+
+
+def end_shard(file: BinaryIO) -> None:
+    """Write the zeros that end a tar file; the last member may lack its padding."""
+    end = file.tell() + -file.tell() % BLOCK + 2 * BLOCK
+    file.write(bytes(end + -end % _RECORD - file.tell()))
+
+
+def _write_shard(location: str, encodings: Sequence[tuple[int, int]], samples: Sequence[Sample], path: Path) -> None:
     with open_shard(location) as source:
 
         def write(file: BinaryIO) -> None:
+            for start, end in encodings:
+                _copy(source, start, end, file, location)
             for sample in samples:
                 for start, end in zip(sample.spans[::2], sample.spans[1::2], strict=True):
                     _copy(source, start, end, file, location)
-            end = file.tell() + -file.tell() % BLOCK + 2 * BLOCK  # the last member of a cut shard may lack its padding
-            file.write(bytes(end + -end % _RECORD - file.tell()))
+            end_shard(file)
 
         publish(write, path)
 
@@ -139,7 +177,8 @@ def _file_name(location: str) -> str:
     return PurePosixPath(shard_name(location).replace("\\", "/")).name
 
 
-def _stats_path(path: Path) -> Path:
+def stats_path(path: Path) -> Path:
+    """The `_stats.json` beside a shard."""
     return path.with_name(path.name.removesuffix(".tar") + "_stats.json")
 
 

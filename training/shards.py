@@ -1,7 +1,8 @@
 """LAION-style tar shards, as img2dataset writes them: `<key>.jpg|jpeg|png|webp`, `<key>.txt`, `<key>.json`, the members of one key adjacent.
 
 `index_shards` reads every shard once, finds what is damaged (`shard_check.py`), and returns an index of which any picture can then be read by its
-offset. Nothing is extracted to disk, unpickled or run; members with other suffixes are passed over and counted.
+offset. Nothing is extracted to disk, unpickled or run; members with other suffixes are passed over and counted. Encoded shards
+(`encoded_members.py`) have `<key>.encoded.safetensors` in place of the picture.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
+from ..errors import DataError, UsageError
+from .encoded_members import ENCODING_MEMBER, StoredEncoding, check_content, differences, read_header
 from .pictures import decode_picture
 from .shard_check import Damage, Sample, ShardReport, check_shard
 from .shard_specs import read_range, shard_name
@@ -32,12 +34,13 @@ class ShardIndex:
         samples: in the order of the shards and of the members within.
         skipped: how many samples were left out for each reason. A sample is a run of adjacent members of one key, so
             `len(samples) + sum(skipped.values())` is the number of such runs in the shards.
-        members: how many tar members are "used" (in `samples`), "skipped" (in samples left out) and "ignored" (other suffixes, folders,
-            links); their sum is the number of members with a whole header.
+        members: how many tar members are "used" (in `samples`, or saying how they were encoded), "skipped" (in samples left out) and "ignored"
+            (other suffixes, folders, links); their sum is the number of members with a whole header.
         vanished: how many samples left no trace: by the `_stats.json` of the shard where there is one, else estimated; None when a shard is cut and
             nothing tells how much it held.
         damages: every damaged place, in order.
         notes: what a person may want to know and is no damage.
+        encodings: of encoded shards, what says how each was made.
     """
 
     shards: tuple[str, ...]
@@ -47,6 +50,7 @@ class ShardIndex:
     vanished: int | None
     damages: tuple[Damage, ...]
     notes: tuple[str, ...]
+    encodings: tuple[StoredEncoding, ...] = ()
 
     def picture(self, i: int) -> NDArray[np.uint8]:
         """Decode the picture of sample i: uint8 (height, width, 3), sRGB.
@@ -55,14 +59,31 @@ class ShardIndex:
             DataError: it cannot be read or decoded, with shard, key and byte offset.
         """
         sample = self.samples[i]
-        location = self.shards[sample.shard]
         try:
-            return decode_picture(read_range(location, sample.offset, sample.size))
+            return decode_picture(self.content(i))
         except DataError as error:
-            raise DataError(
-                f"The picture of sample {sample.key} in shard {shard_name(location)} at byte {sample.offset} is damaged: {error}; "
-                "leave it out, or download the shard again."
-            ) from error
+            raise DataError(f"The picture of {self._place(sample)} is damaged: {error}; leave it out, or download the shard again.") from error
+
+    def features(self, i: int) -> bytes:
+        """The safetensors file of the encoded sample i, its hash compared.
+
+        Raises:
+            DataError: it cannot be read or differs from its hash, with shard, key and byte offset.
+        """
+        sample, content = self.samples[i], self.content(i)
+        try:
+            check_content(read_header(content, len(content)), content)
+        except DataError as error:
+            raise DataError(f"The features of {self._place(sample)} are damaged: {error}; leave it out, or encode the shard again.") from error
+        return content
+
+    def content(self, i: int) -> bytes:
+        """The file of sample i as it is stored: a picture, or features."""
+        sample = self.samples[i]
+        return read_range(self.shards[sample.shard], sample.offset, sample.size)
+
+    def _place(self, sample: Sample) -> str:
+        return f"sample {sample.key} in shard {shard_name(self.shards[sample.shard])} at byte {sample.offset}"
 
     def metadata(self, i: int) -> dict[str, Any]:
         """The whole .json of sample i, read from the shard; empty when there is none."""
@@ -75,7 +96,8 @@ class ShardIndex:
         """A hash over keys, places and captions of all samples, in order: equal for equal data wherever the shards lie."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            digest.update(json.dumps([sample.shard, sample.key, sample.offset, sample.size, sample.caption]).encode())
+            encoding = [sample.encoding] if sample.encoding else []
+            digest.update(json.dumps([sample.shard, sample.key, sample.offset, sample.size, sample.caption, *encoding]).encode())
         return digest.hexdigest()
 
 
@@ -125,6 +147,7 @@ def join_reports(reports: Sequence[ShardReport]) -> ShardIndex:
         vanished=_total([_vanished(report, reports) for report in reports if report.damages]),
         damages=tuple(damage for report in reports for damage in report.damages),
         notes=_notes(reports),
+        encodings=tuple(encoding for report in reports for encoding in report.encodings),
     )
 
 
@@ -145,6 +168,32 @@ def accept(index: ShardIndex, *, skip_damaged: bool = False, max_lost: float = M
             )
     if not index.samples:
         raise DataError("No whole sample was found in the shards; give at least one .tar file with pictures and captions.")
+
+
+def encoding_of(index: ShardIndex) -> StoredEncoding | None:
+    """How the samples of an index were encoded, and where that is written; None for pictures.
+
+    Raises:
+        UsageError: pictures and encoded samples, or samples that were encoded in different ways.
+        DataError: no shard says how they were encoded.
+    """
+    ways = dict.fromkeys(sample.encoding for sample in index.samples)
+    if list(ways) == [""]:
+        return None
+    if "" in ways:
+        one, other = (next(s.shard for s in index.samples if bool(s.encoding) == encoded) for encoded in (True, False))
+        raise UsageError(
+            f"Shard {shard_name(index.shards[one])} is encoded and {shard_name(index.shards[other])} holds pictures; give shards of one kind."
+        )
+    stored = [next((each for each in index.encodings if each.encoding.key == key), None) for key in ways]
+    known = [each for each in stored if each is not None]
+    if len(ways) > 1 and len(known) > 1:
+        places = [shard_name(index.shards[each.shard]) for each in known[:2]]
+        apart = differences(known[0].encoding, known[1].encoding)
+        raise UsageError(f"Shards {places[0]} and {places[1]} are encoded in different ways (the second has {apart}); give shards of one encoding.")
+    if len(known) < len(ways):
+        raise DataError(f"No {ENCODING_MEMBER} in the shards says how their samples were encoded; encode them again.")
+    return known[0]
 
 
 def describe(damage: Damage) -> str:

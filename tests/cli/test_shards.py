@@ -142,9 +142,60 @@ def test_filter_can_save_what_is_whole(folder: Path, capsys: pytest.CaptureFixtu
     assert lines(capsys)[-1]["kept"] == 19
 
 
+def test_encode_and_train_on_it(folder: Path, ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "encoded"
+    model = ["--model", str(ensemble_folder), "--device", "cpu"]
+    arguments = ["shards", "encode", f"{folder}/*.tar", "--out", str(out), *model, "--max-unsafe", "0.6", "--json"]
+    assert run(arguments) == 0
+    first, second, summary = lines(capsys)
+    assert first == {
+        "kind": "shard",
+        "path": f"{out}/00000.tar",
+        "source": f"{folder}/00000.tar",
+        "kept": 9,
+        "dropped": {"unsafe missing": 1},
+        "was_there": False,
+    }
+    assert (second["kept"], second["dropped"]) == (2, {"unsafe": 8})
+    assert (summary["kind"], summary["kept"], summary["dropped"], len(summary["encoding"])) == ("summary", 11, 9, 64)
+    assert run(arguments) == 0
+    assert [line["was_there"] for line in lines(capsys)[:2]] == [True, True]
+    assert run(["shards", "check", f"{out}/*.tar", "--json"]) == 0
+    assert lines(capsys)[-1] | {"notes": []} == {
+        "kind": "summary",
+        "shards": 2,
+        "samples": 11,
+        "runs": 11,
+        "skipped": {},
+        "members": {"used": 2 + 33, "skipped": 0, "ignored": 0},
+        "vanished": 0,
+        "damaged_places": 0,
+        "notes": [],
+    }
+    assert run(["shards", "stats", f"{out}/*.tar", "--json"]) == 0
+    assert next(line for line in lines(capsys) if line.get("name") == "unsafe")["present"] == 11
+    train = ["finetune", *model, "--shards", f"{out}/*.tar", "--out", str(tmp_path / "run"), "--steps", "2", "--json"]
+    assert run(train) == 0
+    plan, *_, done = lines(capsys)
+    assert (plan["samples"], done["model"]) == (11, str(tmp_path / "run" / "model"))
+    assert run([*train, "--resolution", "64"]) == 2
+    assert "they have resolution 32 instead of 64" in capsys.readouterr().err
+    assert run([*train, "--shards", f"{folder}/00000.tar"]) == 2
+    assert "give shards of one kind" in capsys.readouterr().err
+    assert run(["shards", "encode", f"{out}/*.tar", "--out", str(tmp_path / "again"), *model]) == 2
+    assert "encoded already" in capsys.readouterr().err
+    assert run([*arguments, "--dtype", "float32"]) == 74
+    assert "encoded in another way (dtype float16 instead of float32)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["encode", "{set}"], 2, "Missing option"),
+        (["encode", "{set}", "--out", "{out}", "--dtype", "int8"], 2, "--dtype 'int8' is not known"),
+        (["encode", "{set}", "--out", "{out}", "--resolution", "50"], 2, "--resolution 50 is not a multiple"),
+        (["encode", "{set}", "--out", "{out}", "--batch-size", "0"], 2, "batch-size"),
+        (["encode", "{set}", "--out", "{out}", "--language", "fr"], 4, "None of the 20 samples passes"),
         (["check"], 2, "Missing argument"),
         (["check", "nowhere.tar"], 2, "is not there"),
         (["check", "pipe:cat x"], 3, "would run a command"),
@@ -169,7 +220,7 @@ def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], argum
     assert not (folder / "out").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["check"], ["stats"], ["filter"]])
+@pytest.mark.parametrize("command", [[], ["check"], ["stats"], ["filter"], ["encode"]])
 def test_help_has_examples_and_imports_nothing_heavy(command: list[str]):
     code = (
         "import sys\n"

@@ -18,7 +18,8 @@ from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.training.batches import fit
 from tu_diffuse.training.config import FinetuneConfig
-from tu_diffuse.training.finetune import LORA_FILE, Plan, finetune, make_plan, open_source
+from tu_diffuse.training.encoded import open_source
+from tu_diffuse.training.finetune import LORA_FILE, Plan, finetune, make_plan
 from tu_diffuse.training.loop import InterruptedRunError, Logged
 from tu_diffuse.training.objective import Objective, denoising_loss, draw
 from tu_diffuse.training.shards import ShardIndex, index_shards
@@ -62,7 +63,7 @@ def test_the_loss_is_that_of_diffusers_own_classes(request: pytest.FixtureReques
     objective = Objective(sigmas=noise.sigmas, t_min=0, t_max=1000, prediction_type=noise.prediction_type, drop_all=0, drop_clip=0)
     fitted = [fit(index.picture(i), (32, 32)) for i in range(4)]
     captions = [index.samples[i].caption for i in range(4)]
-    source = open_source(plan, CPU)
+    source = open_source(plan.folder, plan.index, None, CPU)
     batch = source.batch([source.read(i, (32, 32), None) for i in range(4)], [torch.Generator().manual_seed(i) for i in range(4)])
     latents = batch.latents
     drawn = draw(objective, tuple(latents.shape), torch.Generator().manual_seed(1))
