@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 import sys
 import time
@@ -33,9 +34,14 @@ def finetune(
     model: Model = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step, of all processes together. [default: 4]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate. [default: 1e-4]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. [default: 1e-4; 1 with prodigy]")] = None,
     warmup: Annotated[int | None, typer.Option(help="First steps, over which the learning rate rises. [default: 0]")] = None,
-    cooldown: Annotated[int | None, typer.Option(help="Last steps, over which it falls to zero. [default: 0]")] = None,
+    lr_schedule: Annotated[
+        str | None, typer.Option(help="constant, or how it falls: cosine, linear, sqrt. [default: cosine with --cooldown, else constant]")
+    ] = None,
+    cooldown: Annotated[
+        int | None, typer.Option(help="Last steps, over which it falls to zero. [default: all after the warmup with --lr-schedule, else 0]")
+    ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Batches that make one step. [default: 1]")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: 500]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")] = None,
@@ -51,9 +57,13 @@ def finetune(
     clip_dropout: Annotated[float | None, typer.Option(help="Chance that it loses CLIP's text only. [default: 0]")] = None,
     t5_dropout: Annotated[float | None, typer.Option(help="Chance that it loses T5's text only. [default: 0]")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of averaged weights, such as 0.999. [default: none kept]")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [default: 0.01]")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adamw8bit, adafactor, lion or prodigy. [default: adamw]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer. [default: 0.01]")] = None,
     max_grad_norm: Annotated[float | None, typer.Option(help="Longer gradients are scaled down to it. [default: 1]")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16 arithmetic; weights stay float32. [default: float32]")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 arithmetic; weights stay float32. [default: float32]")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory: the U-Net's activations are computed again on the way back.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read and decode; no effect on the result. [default: 2]")] = None,
     skip_damaged: Annotated[bool | None, typer.Option("--skip-damaged", help="Leave damaged samples out, up to 1%.")] = None,
     preset: Preset = None,
@@ -90,7 +100,8 @@ def finetune(
       accelerate launch --num-processes 2 -m tu_diffuse finetune --config run.toml --out tuned
 
     With --json each line has an event: plan (samples, skipped, filtered, options), step (step, steps, scalars, images_per_second, seconds_left),
-    note (text), done (model).
+    note (text), done (model). The scalars are those of OUT/checkpoints/losses.jsonl: loss, loss/t0-99 and so on (plain squared error by noise
+    level), loss/expert/NAME, grad_norm, means since the last line, and lr.
     """
     del debug  # read in main.py
     given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
@@ -107,11 +118,13 @@ def finetune(
     from ..training.finetune import finetune as run
     from ..training.finetune import make_plan
     from ..training.loop import InterruptedRunError
+    from ..training.optimizers import check_optimizer
     from ..training.shard_specs import expand
     from ..training.shards import index_shards
     from ..training.workers import join_workers
 
     options = make_config({**({} if config is None else read_toml(config)), **{name: value for name, value in given.items() if value is not None}})
+    check_optimizer(options.optimizer)
     folder, place = open_folder(model), choose_device(device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -168,8 +181,11 @@ class _Reporter:
                 }
             )
         else:
-            losses = " ".join(f"{name} {value:.4f}" for name, value in event.scalars.items())
-            self.say(f"step {event.step}/{event.steps} {losses} {speed:.1f} images/s, {time.strftime('%H:%M:%S', time.gmtime(left))} left")
+            experts = {name: value for name, value in event.scalars.items() if name.startswith("loss/expert/")}
+            split = ", ".join(f"{name.removeprefix('loss/expert/')} {value:.4f}" for name, value in experts.items()) if len(experts) > 1 else ""
+            losses = f"loss {event.scalars.get('loss', math.nan):.4f}" + (f" ({split})" if split else "")
+            rest = f"lr {event.scalars['lr']:.2g}, {speed:.1f} images/s, {time.strftime('%H:%M:%S', time.gmtime(left))} left"
+            self.say(f"step {event.step}/{event.steps} {losses}, {rest}")
 
     def plan(self, plan: "Plan", filtered: Mapping[str, int]) -> None:
         """Say what will be done; `filtered` are the samples that each filter dropped."""
@@ -247,7 +263,9 @@ def _measured(plan: "Plan", out: Path, device: Any) -> str:
     from ..training.loop import Logged
 
     del out
-    two = dataclasses.replace(plan, config=dataclasses.replace(plan.config, steps=2, warmup=0, cooldown=0, validation_share=0.0, prompts=()))
+    two = dataclasses.replace(
+        plan, config=dataclasses.replace(plan.config, steps=2, warmup=0, cooldown=None, lr_schedule=None, validation_share=0.0, prompts=())
+    )
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         run(two, Path(folder) / "run", lambda event: seconds.append(event.seconds_a_step) if isinstance(event, Logged) else None, device=device)

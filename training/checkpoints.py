@@ -18,22 +18,25 @@ from torch import Tensor
 from .staging import sync
 
 _PARTS = ("model", "average", "optimizer")
+_STATE = ("step", "numbers", "scaler", "config", "tally")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The state after `step` steps.
 
-    Trained weights, their moving average, the optimizer's tensors by parameter name, the run's config, and the scalars that wait for the next line
-    of the log.
+    Trained weights, their moving average, the optimizer's tensors and other values by parameter name, the state of the loss scale (empty without
+    one), the run's config, and the sums and counts that wait for the next line of the log.
     """
 
     step: int
     model: dict[str, Tensor]
     average: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    numbers: Mapping[str, float]
+    scaler: dict[str, Any]
     config: Mapping[str, Any]
-    pending: Mapping[str, list[float]]
+    tally: Mapping[str, tuple[float, float]]
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
@@ -45,7 +48,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     for part in _PARTS:
         tensors: dict[str, Tensor] = getattr(checkpoint, part)
         save_file(_unshared(tensors), staged / f"{part}.safetensors")
-    (staged / "state.json").write_text(json.dumps({"step": checkpoint.step, "config": checkpoint.config, "pending": checkpoint.pending}))
+    (staged / "state.json").write_text(json.dumps({name: getattr(checkpoint, name) for name in _STATE}))
     hashes = {file.name: _sha256(file) for file in sorted(staged.iterdir())}
     (staged / "manifest.json").write_text(json.dumps(hashes))
     for file in staged.iterdir():
@@ -65,7 +68,8 @@ def load_newest(folder: Path, report: Callable[[str], None] | None = None) -> Ch
         if _is_whole(candidate):
             state = json.loads((candidate / "state.json").read_text())
             model, average, optimizer = (load_file(candidate / f"{part}.safetensors") for part in _PARTS)
-            return Checkpoint(state["step"], model, average, optimizer, state["config"], state.get("pending", {}))
+            tally = {name: (total, count) for name, (total, count) in state.get("tally", {}).items()}
+            return Checkpoint(state["step"], model, average, optimizer, state.get("numbers", {}), state.get("scaler", {}), state["config"], tally)
         if report is not None:
             report(f"{candidate.name} is damaged and passed over")
     return None

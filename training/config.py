@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
 from .filters import Filters, aspect_range, make_filters
+from .train_config import Fall, OptimizerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,10 @@ class FinetuneConfig:
         shards: patterns of LAION-style shards.
         steps: optimizer steps in all.
         batch_size: samples a step and accumulation, of all processes together.
-        lr: the highest learning rate.
+        lr: the highest learning rate; 1 by default for prodigy, which multiplies the rate that it finds by it.
         warmup: steps over which the learning rate rises.
-        cooldown: last steps over which it falls to zero.
+        lr_schedule: "constant" after the warmup, or how it falls to zero (`train_config.Fall`); None is "cosine" with a cooldown, else "constant".
+        cooldown: last steps over which it falls; None is all after the warmup when `lr_schedule` says how, else 0.
         accumulate: batches whose gradients make one step.
         save_every: steps between checkpoints.
         seed: of everything random.
@@ -38,9 +40,11 @@ class FinetuneConfig:
         clip_dropout: chance that it loses CLIP's.
         t5_dropout: chance that it loses T5's.
         ema: decay of the averaged weights; None saves the last ones.
-        weight_decay: of AdamW.
+        optimizer: see `optimizers.make_optimizer`.
+        weight_decay: of the optimizer.
         max_grad_norm: longer gradients are scaled down to it.
-        precision: of the U-Net's arithmetic; weights stay float32.
+        precision: of the U-Net's arithmetic; weights stay float32, and with float16 the loss is scaled.
+        gradient_checkpointing: compute the U-Net's activations again on the way back instead of keeping them.
         workers: threads that read and decode.
         skip_damaged: leave damaged samples out (up to 1%).
         filter: preset of `filters.PRESETS`; the nine options after it are the attributes of `filters.Filters`, `aspect` as "low,high".
@@ -56,7 +60,8 @@ class FinetuneConfig:
     batch_size: int = 4
     lr: float = 1e-4
     warmup: int = 0
-    cooldown: int = 0
+    lr_schedule: Literal["constant", "cosine", "linear", "sqrt"] | None = None
+    cooldown: int | None = None
     accumulate: int = 1
     save_every: int = 500
     seed: int = 0
@@ -72,9 +77,11 @@ class FinetuneConfig:
     clip_dropout: float = 0.0
     t5_dropout: float = 0.0
     ema: float | None = None
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False
     workers: int = 2
     skip_damaged: bool = False
     filter: str | None = None
@@ -92,6 +99,13 @@ class FinetuneConfig:
     validation_share: float = 0.0
     prompts: tuple[str, ...] = ()
     threads: int | None = None
+
+    @property
+    def falling(self) -> tuple[int, Fall]:
+        """Over how many last steps the learning rate falls, and how."""
+        if self.lr_schedule is None or self.lr_schedule == "constant":
+            return self.cooldown or 0, "cosine"
+        return self.steps - self.warmup if self.cooldown is None else self.cooldown, self.lr_schedule
 
 
 _AT_LEAST: dict[str, float] = {
@@ -141,6 +155,8 @@ def make_config(values: Mapping[str, Any]) -> FinetuneConfig:
     for name in ("shards", "steps"):
         if name not in given:
             raise UsageError(f"--{name} is missing; give it as a flag or in the config file.")
+    if given.get("optimizer") == "prodigy":
+        given.setdefault("lr", 1.0)
     config = FinetuneConfig(**{name: _typed(name, value, hints[name]) for name, value in given.items()})
     _check(config)
     return config
@@ -180,8 +196,12 @@ def _check(config: FinetuneConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 <= value < 1:
             raise UsageError(f"--{_flag(name)} {value:g} is out of range; 0 up to 1 (exclusive) was wanted.")
-    if config.warmup + config.cooldown > config.steps:
-        raise UsageError(f"--warmup {config.warmup} and --cooldown {config.cooldown} are longer than the {config.steps} steps; shorten them.")
+    if config.lr_schedule == "constant" and config.cooldown:
+        raise UsageError("--lr-schedule constant never falls, so --cooldown has no meaning; leave one of them out.")
+    if config.warmup + config.falling[0] > config.steps:
+        raise UsageError(f"--warmup {config.warmup} and --cooldown {config.cooldown or 0} are longer than the {config.steps} steps; shorten them.")
+    if config.optimizer == "prodigy" and config.lr < 0.1:
+        raise UsageError(f"--lr {config.lr:g} multiplies the rate that prodigy finds by itself; give 1, or leave it out.")
     if config.lora is None and config.lora_alpha is not None:
         raise UsageError("--lora-alpha has no meaning without --lora; give a rank with --lora, or leave it out.")
     if config.lora is None and config.format != "diffusers":

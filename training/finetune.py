@@ -25,16 +25,19 @@ from .config import FinetuneConfig
 from .encoded import encoded_bucket, open_source, stored_encoding
 from .encoded_members import StoredEncoding
 from .expert_files import Draft, Kept, weights_for, write_model
-from .loop import Logged, TrainConfig, generator_for, train
+from .loop import Logged, generator_for, train
 from .lora import add_adapters, pairs_of, write_diffusers, write_kohya
+from .memory import recompute_activations
 from .objective import Draw, Objective, denoising_loss, draw
 from .shards import ShardIndex
 from .sources import Source
 from .subject import Subject, load_subject, predictor
+from .tallies import noise_bins
+from .train_config import TrainConfig
 from .workers import ALONE, Workers
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-_NOT_IDENTITY = ("steps", "cooldown", "save_every", "workers", "when_full", "validate_every", "prompts", "threads", "shards")
+_NOT_IDENTITY = ("steps", "lr_schedule", "cooldown", "save_every", "workers", "when_full", "validate_every", "prompts", "threads", "shards")
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the trained timesteps, at which the validation loss is measured
 
 
@@ -130,6 +133,8 @@ def finetune(
     subject = load_subject(plan.folder, config.expert, where)
     if config.lora is not None:
         add_adapters(subject.unets, config.lora, _alpha(config), config.seed)
+    if config.gradient_checkpointing:
+        recompute_activations(subject.unets)
     first, end = subject.span
     objective = Objective(
         sigmas=plan.folder.noise.sigmas,
@@ -141,16 +146,21 @@ def finetune(
         drop_t5=config.t5_dropout,
         min_snr=config.min_snr,
         noise_offset=config.noise_offset,
+        told_apart=noise_bins(len(plan.folder.noise.sigmas)) | {f"loss/expert/{name}": interval for name, interval in subject.owned.items()},
     )
+    cooldown, fall = config.falling
     training = TrainConfig(
         steps=config.steps,
         lr=config.lr,
         warmup=config.warmup,
-        cooldown=config.cooldown,
+        cooldown=cooldown,
+        fall=fall,
+        optimizer=config.optimizer,
         accumulate=config.accumulate,
         betas=(0.9, 0.999),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        loss_scaling=config.precision == "float16",
         ema_decay=config.ema,
         seed=config.seed,
         save_every=config.save_every,
@@ -182,7 +192,7 @@ def _alpha(config: FinetuneConfig) -> float:
 
 def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, workers: Workers) -> Callable[[int], Mapping[str, Tensor]]:
     """The loss of a micro-step; its batches are read ahead, and taken up at the step that is asked for first."""
-    config = plan.config
+    config, precision = plan.config, getattr(torch, plan.config.precision)
     batches: Iterator[list[tuple[int, Any]]] = iter(())
     following = -1
 
@@ -201,8 +211,9 @@ def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, 
         posteriors = [generator_for(config.seed, (step + 1) * (1 << 20) + number) for number, _ in samples]
         batch = source.batch([row for _, row in samples], posteriors)
         drawn = draw(objective, (config.batch_size, *batch.latents.shape[1:]), generator).rows(workers.rows)
-        with torch.autocast(subject.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            return denoising_loss(predictor(subject, batch.said), objective, batch.latents, _on(drawn, subject.device))
+        said = batch.said(drawn)
+        with torch.autocast(subject.device.type, precision, enabled=precision is not torch.float32):
+            return denoising_loss(predictor(subject, lambda _: said), objective, batch.latents, _on(drawn, subject.device))
 
     return loss_at
 
@@ -219,7 +230,7 @@ def validation_loss(plan: Plan, subject: Subject, source: Source, objective: Obj
     first, end = objective.t_min, objective.t_max
     levels = [first + int(share * (end - first)) for share in VALIDATION_LEVELS]
     sums = dict.fromkeys(levels, 0.0)
-    plain = replace(objective, min_snr=None)
+    plain = replace(objective, min_snr=None, told_apart={})
     for numbers in _of_one_bucket(plan.held_out, plan):
         size = plan.sizes[plan.bucket_of[numbers[0]]]
         batch = source.batch([source.read(number, size, None) for number in numbers], None)

@@ -4,71 +4,35 @@ All randomness of a step (samples, noise, dropout) comes from `generator_for(see
 steps of the uninterrupted one, and there is no random state to save.
 """
 
-import errno
 import json
 import math
-import shutil
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import OutputError, TrainingError, UsageError
-from .checkpoints import Checkpoint, load_newest, save
+from ..errors import TrainingError
+from .checkpoints import Checkpoint, load_newest
+from .optimizers import make_optimizer, optimizer_state, restore_optimizer
+from .saving import save_or_wait, wait_for_room
+from .tallies import Tally, add, means, pairs_of
+from .train_config import TrainConfig, check_same_run
 from .workers import ALONE, Workers
 
 LossAt = Callable[[int], Mapping[str, Tensor]]
-"""Maps a micro-step to its scalars; the one named "loss" is minimised, the others are logged."""
+"""Maps a micro-step to its scalars, the same names at every step: "loss", (), is minimised; the others, () or a sum and a count (2,), are logged."""
 
-Weights = dict[str, Tensor]
 NAN_STEPS = 3  # steps in a row whose loss or gradient is not finite before a run gives up
-_MAY_CHANGE = ("steps", "cooldown", "save_every", "log_every", "when_full")
-_POLL_SECONDS = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to optimise.
-
-    The learning rate warms up over `warmup` steps, stays at `lr`, and falls to zero over the last `cooldown` steps as a half cosine; a run may
-    be lengthened as long as its cooldown has not begun.
-
-    Attributes:
-        accumulate: micro-steps whose gradients are averaged into one step.
-        ema_decay: of the averaged weights; None keeps no average, the result is then the last weights.
-        when_full: what to do when the disk has no room for a checkpoint: "stop", or "wait" until there is.
-    """
-
-    steps: int
-    lr: float
-    warmup: int = 200
-    cooldown: int = 0
-    accumulate: int = 1
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    ema_decay: float | None = 0.999
-    seed: int = 0
-    save_every: int = 500
-    log_every: int = 20
-    when_full: Literal["stop", "wait"] = "stop"
-
-    def learning_rate(self, step: int) -> float:
-        """The rate of 0-based `step`."""
-        rising = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        left = (self.steps - step) / self.cooldown if self.cooldown else 1.0
-        return self.lr * rising * (0.5 - 0.5 * math.cos(math.pi * min(1.0, left)))
 
 
 @dataclass(frozen=True)
 class Logged:
-    """One line of the loss log: the means over the steps since the last one."""
+    """One line of the loss log: the means over the steps since the last one, and the learning rate of this one ("lr")."""
 
     step: int
     steps: int
@@ -142,71 +106,81 @@ def train(
         TrainingError: NAN_STEPS steps in a row were not finite; no checkpoint holds such values.
         InterruptedRunError: `should_stop` said so; a checkpoint of this very step is there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    optimizer = make_optimizer(parameters.values(), config)
+    scaler = torch.amp.GradScaler(next(iter(parameters.values())).device.type, enabled=config.loss_scaling)
     described = {**asdict(config), "betas": list(config.betas), "identity": dict(identity or {})}
-    average = None if config.ema_decay is None else {name: p.detach().clone() for name, p in parameters.items()}
-    first = 0
+    average = {} if config.ema_decay is None else {name: p.detach().clone() for name, p in parameters.items()}
+    first, tally = 0, Tally()
     found = load_newest(folder, report)
     if found is not None:
-        _check_same_run(found, config, described)
-        first = found.step
+        check_same_run(found, config, described)
+        first, tally = found.step, dict(found.tally)
         model.load_state_dict(found.model, strict=False)
-        if average is not None:
-            average = {name: found.average[name].to(tensor.device) for name, tensor in average.items()}
-        _restore_optimizer(optimizer, parameters, found.optimizer)
+        average = {name: found.average[name].to(tensor.device) for name, tensor in average.items()}
+        restore_optimizer(optimizer, parameters, found.optimizer, found.numbers)
+        scaler.load_state_dict(found.scaler)
+    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "losses.jsonl"
     if workers.writes:
         keep_log_until(log, first)
-        _wait_for_room(folder, parameters, average, config, report)
-    sums: dict[str, list[float]] = defaultdict(list, {} if found is None else found.pending)
-    started, bad, saved = time.monotonic(), 0, first
+        wait_for_room(folder, parameters, average, config, report)
+    times: list[float] = []
+    bad, saved = 0, first
     for step in range(first, config.steps):
+        started = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate(step)
-        losses: list[Tensor] = []
-        others: list[tuple[str, float]] = []
+        told: list[Tensor] = []
+        names: list[str] = []
         for micro in range(config.accumulate):
             scalars = loss_at(step * config.accumulate + micro)
-            (scalars["loss"] / config.accumulate).backward()
-            losses.append(scalars["loss"].detach())
-            others += [(name, value.item()) for name, value in scalars.items() if name != "loss"]
-        loss, stopping = workers.average(parameters.values(), torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(float(should_stop()))]))
-        norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
-            optimizer.step()
+            scaler.scale(scalars["loss"] / config.accumulate).backward()
+            names = list(scalars)
+            told.append(pairs_of(scalars))
+        stop = torch.tensor([float(should_stop())], device=told[0].device)
+        *averaged, stopping = workers.average(parameters.values(), torch.cat([torch.stack(told).sum(0).flatten(), stop])).tolist()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
+        loss = averaged[2 * names.index("loss")] / config.accumulate
+        if math.isfinite(loss) and math.isfinite(norm):
+            scaler.step(optimizer)
             bad = 0
-            for name, value in (("loss", loss.item()), *others):
-                sums[name].append(value)
-            if average is not None and config.ema_decay is not None:
+            add(tally, [*names, "grad_norm"], [*averaged, norm, 1.0])
+            if config.ema_decay is not None:
                 update_average(average, parameters, min(config.ema_decay, (1 + step) / (10 + step)))
+        elif config.loss_scaling and math.isfinite(loss) and scaler.get_scale() > 1:
+            report(f"step {step + 1}: the gradient overflowed float16; the step was skipped and the scale of the loss is lowered")
         else:
             bad += 1
-            report(f"step {step + 1}: the loss ({loss.item():g}) or its gradient is not finite; the step was skipped")
+            report(f"step {step + 1}: the loss ({loss:g}) or its gradient is not finite; the step was skipped")
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if bad == NAN_STEPS:
             raise TrainingError(
                 f"{NAN_STEPS} steps in a row up to step {step + 1} were not finite; a lower learning rate, float32 or other data is needed; "
                 f"the checkpoint of step {saved} is whole."
             )
+        times.append(time.monotonic() - started)
         if workers.writes and ((step + 1) % config.log_every == 0 or step + 1 == config.steps):
-            means = {name: round(sum(values) / len(values), 5) for name, values in sums.items()}
+            line = {**means(tally), "lr": config.learning_rate(step)}
             with log.open("a") as file:
-                file.write(json.dumps({"step": step + 1, **means}) + "\n")
-            report(Logged(step + 1, config.steps, means, (time.monotonic() - started) / (1 + step % config.log_every)))
-            sums.clear()
-            started = time.monotonic()
-        last = step + 1 == config.steps or stopping.item() > 0
-        if workers.writes and (last or (step + 1) % config.save_every == 0):
-            weights = {name: p.detach() for name, p in parameters.items()}
-            state = _optimizer_state(optimizer, parameters)
-            _save(folder, Checkpoint(step + 1, weights, average or {}, state, described, dict(sums)), config, report)
-        saved = step + 1 if last or (step + 1) % config.save_every == 0 else saved
-        observe(step + 1, parameters if average is None else average)
-        if stopping.item() > 0 and step + 1 < config.steps:
+                file.write(json.dumps({"step": step + 1, **line}) + "\n")
+            report(Logged(step + 1, config.steps, line, sum(times) / len(times)))
+            tally.clear()
+            times.clear()
+        last = step + 1 == config.steps or stopping > 0
+        if last or (step + 1) % config.save_every == 0:
+            saved = step + 1
+            if workers.writes:
+                weights = {name: p.detach() for name, p in parameters.items()}
+                tensors, numbers = optimizer_state(optimizer, parameters)
+                state = Checkpoint(saved, weights, average, tensors, numbers, scaler.state_dict(), described, dict(tally))
+                save_or_wait(folder, state, config, report)
+        observe(step + 1, average or parameters)
+        if stopping > 0 and step + 1 < config.steps:
             raise InterruptedRunError(f"stopped after step {step + 1} of {config.steps}")
-    return _with_weights(model, average or {})
+    return _with_weights(model, average)
 
 
 def update_average(average: dict[str, Tensor], current: Mapping[str, Tensor], decay: float) -> None:
@@ -224,60 +198,6 @@ def keep_log_until(log: Path, step: int) -> None:
     if log.exists():
         lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
         log.write_text("".join(line + "\n" for line in lines))
-
-
-def _check_same_run(found: Checkpoint, config: TrainConfig, described: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that this run would not have written; a run may be lengthened until its cooldown begins."""
-    for field, value in found.config.items():
-        if field not in _MAY_CHANGE and field in described and described[field] != value:
-            raise UsageError(
-                f"the checkpoint of step {found.step} is of a run with {field} = {value!r:.300}, this one has {described[field]!r:.300}; "
-                "give it a folder of its own, or run it as before."
-            )
-    old = (found.config["steps"], found.config["cooldown"])
-    if old != (config.steps, config.cooldown) and found.step > min(old[0] - old[1], config.steps - config.cooldown):
-        raise UsageError(f"the learning rate has begun to fall in the run of {old[0]} steps, so its length cannot be changed; run it as before.")
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Weights:
-    return {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        prefix = f"{name}."
-        keys: Iterable[str] = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {key: state[prefix + key].clone().to(parameter.device) for key in keys if prefix + key in state}
-
-
-def _save(folder: Path, checkpoint: Checkpoint, config: TrainConfig, report: Callable[[Logged | str], None]) -> None:
-    while True:
-        try:
-            save(folder, checkpoint)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise OutputError(
-                    f"the checkpoint of step {checkpoint.step} could not be written ({error.strerror}); the one before is whole."
-                ) from error
-            if config.when_full == "stop":
-                raise OutputError(f"the disk is full at step {checkpoint.step}; make room and run again: the checkpoint before is whole.") from error
-            report(f"step {checkpoint.step}: the disk is full; waiting for room")
-            time.sleep(_POLL_SECONDS)
-        else:
-            return
-
-
-def _wait_for_room(
-    folder: Path, parameters: Mapping[str, nn.Parameter], average: Weights | None, config: TrainConfig, report: Callable[[Logged | str], None]
-) -> None:
-    """Check before the first step that two checkpoints fit: the newest is whole before the one before it is deleted."""
-    one = sum(p.numel() * p.element_size() for p in parameters.values()) * 3 + sum(t.numel() * t.element_size() for t in (average or {}).values())
-    while shutil.disk_usage(folder).free < 2 * one:
-        free = shutil.disk_usage(folder).free
-        if config.when_full == "stop":
-            raise OutputError(f"the disk has {free / 2**20:.0f} MiB free, two checkpoints of this run need {2 * one / 2**20:.0f}; make room first.")
-        report(f"the disk has {free / 2**20:.0f} MiB free, {2 * one / 2**20:.0f} are needed; waiting for room")
-        time.sleep(_POLL_SECONDS)
 
 
 def _with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

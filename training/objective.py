@@ -1,8 +1,8 @@
 """The denoising objective: what a U-Net is asked to predict, at which noise levels, and which text it is given."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..contracts import Conditioning
 from ..text_encoders.conditioner import Conditioner
 from ..unet.unet import UNet
+from .tallies import split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Objective:
         min_snr: γ of the Min-SNR weights (Hang et al. 2023, arXiv 2303.09556): min(SNR, γ)/SNR for epsilon, min(SNR, γ)/(SNR + 1) for v,
             min(SNR, γ) for x0; None weighs all timesteps alike.
         noise_offset: share of noise that is equal over a whole channel, for very dark and very bright pictures; the target includes it.
+        told_apart: intervals of timesteps [first, end) whose loss is also told by itself, by name.
     """
 
     sigmas: Tensor
@@ -39,6 +41,7 @@ class Objective:
     drop_t5: float = 0.05
     min_snr: float | None = None
     noise_offset: float = 0.0
+    told_apart: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,17 +128,14 @@ def denoising_loss(predict: Predict, objective: Objective, latents: Tensor, draw
         drawn: for the same rows.
 
     Returns:
-        "loss", and without gradients the plain mean squared error of those quarters of [t_min, t_max) that the batch holds, "loss_q1" (least
-        noise) to "loss_q4".
+        "loss", (), and without gradients the plain squared error of each interval of `objective.told_apart`: sum and count of its rows, (2,).
     """
     sigma = objective.sigmas[drawn.t]
     noisy, target = diffuse(latents, drawn.noise.to(latents), sigma, objective.prediction_type)
     predicted = predict(noisy, drawn.t.to(latents), drawn)
     errors = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
     weighted = errors if objective.min_snr is None else errors * snr_weights(sigma, objective.min_snr, objective.prediction_type).to(errors)
-    quarter = ((drawn.t - objective.t_min) * 4).div(objective.t_max - objective.t_min, rounding_mode="floor")
-    split = {f"loss_q{q + 1}": errors.detach()[quarter.to(errors.device) == q].mean() for q in quarter.unique().tolist()}
-    return {"loss": weighted.mean(), **split}
+    return {"loss": weighted.mean(), **split(errors, drawn.t, objective.told_apart)}
 
 
 def snr_weights(sigma: Tensor, gamma: float, prediction_type: str) -> Tensor:

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tu_diffuse.text_encoders.clip import CLIPText, CLIPTextConfig, initialise_clip
 from tu_diffuse.text_encoders.tokenizer import Tokenizer, load_tokenizer
-from tu_diffuse.training.loop import TrainConfig, train
+from tu_diffuse.training.loop import train
+from tu_diffuse.training.train_config import TrainConfig
 from world import STAGES, captions, render, sample_scene, swap
 
 SIDE = 64  # px of the image tower's input

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from train_unet import TextEncoders, new_model
 from tu_diffuse.attention import attention, join_heads, key_mask, split_heads
 from tu_diffuse.contracts import Conditioning
-from tu_diffuse.training.loop import TrainConfig, generator_for, train
+from tu_diffuse.training.loop import generator_for, train
+from tu_diffuse.training.train_config import TrainConfig
 from world import BACKGROUNDS, COLOURS, SHAPES, SIDE, STAGES, STICKERS, Scene, captions, extent, sample_scene
 
 GRID = 8  # cells a side, as the latents

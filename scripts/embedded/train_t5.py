@@ -22,7 +22,8 @@ from train_tokenizers import SENTINELS
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 from tu_diffuse.text_encoders.tokenizer import Tokenizer, load_tokenizer
-from tu_diffuse.training.loop import TrainConfig, train
+from tu_diffuse.training.loop import train
+from tu_diffuse.training.train_config import TrainConfig
 from world import STAGES, document, sample_scene
 
 CORRUPTED = 0.2  # share of tokens that are masked

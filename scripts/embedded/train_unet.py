@@ -25,8 +25,10 @@ from tu_diffuse.text_encoders.clip import CLIPText, CLIPTextConfig
 from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
 from tu_diffuse.text_encoders.t5 import T5Config, T5Encoder
 from tu_diffuse.text_encoders.tokenizer import load_tokenizer
-from tu_diffuse.training.loop import TrainConfig, batch_indices, generator_for, train
+from tu_diffuse.training.loop import batch_indices, generator_for, train
 from tu_diffuse.training.objective import ConditionedUNet, Draw, Objective, TextFeatures, denoising_loss, draw, shifted_cosine_betas, text_gap
+from tu_diffuse.training.tallies import noise_bins
+from tu_diffuse.training.train_config import TrainConfig
 from tu_diffuse.training.workers import join_workers
 from tu_diffuse.unet.config import UNetConfig
 from tu_diffuse.unet.unet import UNet
@@ -169,7 +171,8 @@ def main() -> None:
             part.load_state_dict(load_file(folder / name / "diffusion_pytorch_model.safetensors"))
         model.conditioner.requires_grad_(options.train_conditioner)
     sigmas = NoiseSchedule.from_config(SCHEDULER).sigmas
-    objective = Objective(sigmas=sigmas, t_min=max(0, options.t_min - MARGIN), t_max=min(1000, options.t_max + MARGIN))
+    interval = (max(0, options.t_min - MARGIN), min(1000, options.t_max + MARGIN))
+    objective = Objective(sigmas=sigmas, t_min=interval[0], t_max=interval[1], told_apart=noise_bins(1000))
     config = TrainConfig(
         steps=options.steps, lr=options.lr, cooldown=options.cooldown, ema_decay=options.ema_decay, seed=options.seed, save_every=250
     )

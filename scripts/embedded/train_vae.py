@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
-from tu_diffuse.training.loop import TrainConfig, batch_indices, generator_for, train
+from tu_diffuse.training.loop import batch_indices, generator_for, train
+from tu_diffuse.training.train_config import TrainConfig
 from tu_diffuse.vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from world import SIDE, STAGES, render, sample_scene
 

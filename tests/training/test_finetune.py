@@ -17,13 +17,15 @@ from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.training.batches import fit
-from tu_diffuse.training.config import FinetuneConfig
+from tu_diffuse.training.config import FinetuneConfig, make_config
 from tu_diffuse.training.encoded import open_source
 from tu_diffuse.training.finetune import LORA_FILE, Plan, finetune, make_plan
 from tu_diffuse.training.loop import InterruptedRunError, Logged
+from tu_diffuse.training.memory import recompute_activations
 from tu_diffuse.training.objective import Objective, denoising_loss, draw
 from tu_diffuse.training.shards import ShardIndex, index_shards
 from tu_diffuse.training.subject import load_subject, predictor
+from tu_diffuse.training.train_config import TrainConfig
 from world import STAGES
 
 CPU = torch.device("cpu")
@@ -127,6 +129,62 @@ def test_stopped_and_resumed_equals_uninterrupted(sd2_folder: Path, index: Shard
         assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     original = load_file(sd2_folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert any(not torch.equal(tensor, original[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("lora", [None, 4])
+def test_recomputed_activations_change_nothing(sdxl_folder: Path, index: ShardIndex, tmp_path: Path, lora: int | None) -> None:
+    for name, recompute in (("kept", False), ("again", True)):
+        run(plan_for(sdxl_folder, index, lora=lora, steps=2, gradient_checkpointing=recompute), tmp_path / name)
+    kept, again = unet_of(tmp_path / "kept"), unet_of(tmp_path / "again")
+    assert all(torch.equal(tensor, again[key]) for key, tensor in kept.items())
+
+
+def test_recomputed_activations_are_not_kept(sd1_folder: Path) -> None:
+    """What autograd saves for the way back, counted by its own hooks."""
+
+    def saved(recompute: bool) -> int:
+        unet = load_subject(open_folder(sd1_folder), None, CPU).unets["unet"]
+        if recompute:
+            recompute_activations(unet)
+        tokens = torch.randn(2, 8, unet.config.cross_attention_dim)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            unet(torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), unet.text_keys_values(tokens)).sum()
+        return sum(sizes)
+
+    assert saved(True) < 0.5 * saved(False)
+
+
+def test_float16_trains_with_a_scaled_loss_and_resumes_exactly(sd1_folder: Path, index: ShardIndex, tmp_path: Path) -> None:
+    plan = plan_for(sd1_folder, index, precision="float16", lora=4)
+    run(plan, tmp_path / "whole")
+    with pytest.raises(InterruptedRunError):
+        run(plan, tmp_path / "cut", should_stop=lambda: len(list((tmp_path / "cut" / "checkpoints").glob("checkpoint-*"))) == 2)
+    run(plan, tmp_path / "cut")
+    whole, cut = unet_of(tmp_path / "whole"), unet_of(tmp_path / "cut")
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    plain = plan_for(sd1_folder, index, lora=4)
+    run(plain, tmp_path / "plain")
+    losses = [json.loads((tmp_path / name / "checkpoints" / "losses.jsonl").read_text()) for name in ("whole", "plain")]
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-2)
+    assert losses[0]["loss"] != losses[1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "rates"),
+    [
+        ({}, 10, {0: 1.0, 9: 1.0}),
+        ({"lr_schedule": "constant", "warmup": 4}, 10, {0: 0.25, 3: 1.0, 9: 1.0}),
+        ({"cooldown": 4}, 10, {6: 1.0, 8: 0.5}),
+        ({"lr_schedule": "linear", "warmup": 2}, 10, {1: 1.0, 2: 1.0, 6: 0.5, 9: 0.125}),
+        ({"lr_schedule": "linear", "cooldown": 4}, 10, {6: 1.0, 9: 0.25}),
+    ],
+)
+def test_learning_rates_of_the_options(options: dict[str, Any], steps: int, rates: dict[int, float]) -> None:
+    config = make_config({"shards": ["a"], "steps": steps, "lr": 1.0, **options})
+    cooldown, fall = config.falling
+    training = TrainConfig(steps=steps, lr=1.0, warmup=config.warmup, cooldown=cooldown, fall=fall)
+    assert {step: training.learning_rate(step) for step in rates} == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -238,4 +296,7 @@ def test_events_tell_steps_and_speed(sd1_folder: Path, index: ShardIndex, tmp_pa
     [logged] = [event for event in events if isinstance(event, Logged)]
     assert (logged.step, logged.steps) == (6, 6)
     assert logged.seconds_a_step > 0
-    assert {"loss", "loss_q1", "loss_q4"} <= logged.scalars.keys()
+    assert {"loss", "loss/expert/unet", "grad_norm", "lr"} <= logged.scalars.keys()
+    bins = [value for name, value in logged.scalars.items() if name.startswith("loss/t")]
+    assert 4 <= len(bins) <= 10
+    assert min(bins) < logged.scalars["loss"] < max(bins)

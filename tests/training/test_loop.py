@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tu_diffuse.errors import OutputError, TrainingError, UsageError
 from tu_diffuse.training import checkpoints
 from tu_diffuse.training.checkpoints import load_newest
-from tu_diffuse.training.loop import InterruptedRunError, TrainConfig, batch_indices, generator_for, train, update_average
+from tu_diffuse.training.loop import InterruptedRunError, batch_indices, generator_for, train, update_average
+from tu_diffuse.training.train_config import TrainConfig
 
 CONFIG = TrainConfig(steps=12, lr=0.05, warmup=3, cooldown=4, save_every=4, log_every=2, seed=5)
 DATA = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
@@ -108,6 +109,15 @@ def test_learning_rate_rises_stays_and_falls() -> None:
     assert rates[9:60] == pytest.approx([2.0] * 51)
     assert rates[80] == pytest.approx(1.0)
     assert 0 < rates[99] < 0.01
+
+
+def test_learning_rate_falls_as_asked() -> None:
+    """At a quarter of the fall the rate is (1 + cos(π/4))/2, 3/4, or 1 − √(1/4) of the highest."""
+    for fall, share in (("cosine", (1 + math.sqrt(0.5)) / 2), ("linear", 0.75), ("sqrt", 0.5)):
+        config = TrainConfig(steps=100, lr=2.0, warmup=10, cooldown=40, fall=fall)
+        assert config.learning_rate(59) == config.learning_rate(60) == pytest.approx(2.0)
+        assert config.learning_rate(70) == pytest.approx(2.0 * share)
+        assert 0 < config.learning_rate(99) < 0.06
 
 
 def test_moving_average_of_a_constant_gradient() -> None:
@@ -227,7 +237,7 @@ def test_a_run_that_waits_goes_on_when_there_is_room(tmp_path: Path, monkeypatch
         real(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    monkeypatch.setattr("tu_diffuse.training.loop._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("tu_diffuse.training.saving.POLL_SECONDS", 0.01)
     waited, _ = run(tmp_path / "waited", replace(CONFIG, when_full="wait"))
     assert torch.equal(waited[0].weight, whole[0].weight)  # type: ignore[union-attr]
 

@@ -20,6 +20,7 @@ from tu_diffuse.training.objective import (
     snr_weights,
     text_gap,
 )
+from tu_diffuse.training.tallies import noise_bins
 from tu_diffuse.unet.config import UNetConfig
 from tu_diffuse.unet.unet import UNet
 
@@ -127,10 +128,14 @@ def test_loss_of_a_perfect_and_of_a_blind_network() -> None:
     drawn = draw(OBJECTIVE, tuple(x0.shape), torch.Generator().manual_seed(3))
     _, v = diffuse(x0, drawn.noise, SIGMAS[drawn.t], "v_prediction")
     assert denoising_loss(lambda x, t, drawn: v, OBJECTIVE, x0, drawn)["loss"].item() == 0
-    blind = denoising_loss(lambda x, t, drawn: torch.zeros_like(x), OBJECTIVE, x0, drawn)
+    told_apart = noise_bins(1000) | {"loss/expert/low": (0, 300), "loss/expert/high": (300, 1000)}
+    blind = denoising_loss(lambda x, t, drawn: torch.zeros_like(x), replace(OBJECTIVE, told_apart=told_apart), x0, drawn)
     assert blind["loss"].item() == pytest.approx(v.square().mean().item(), rel=1e-5)
-    quarters = [blind[f"loss_q{q}"].item() for q in (1, 2, 3, 4)]
-    assert sum(quarters) / 4 == pytest.approx(blind["loss"].item(), rel=1e-5)  # 16 rows each
+    for name, (first, end) in told_apart.items():
+        rows = (drawn.t >= first) & (drawn.t < end)
+        total, count = blind[name].tolist()
+        assert count == rows.sum() > 0
+        assert total / count == pytest.approx(v[rows].square().mean().item(), rel=1e-5)
     weighted = denoising_loss(lambda x, t, drawn: torch.zeros_like(x), replace(OBJECTIVE, min_snr=5.0), x0, drawn)
     expected = (v.square().mean(dim=(1, 2, 3)) * snr_weights(SIGMAS[drawn.t], 5.0, "v_prediction")).mean().item()
     assert weighted["loss"].item() == pytest.approx(expected, rel=1e-5)

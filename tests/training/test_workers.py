@@ -10,7 +10,8 @@ import pytest
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from tu_diffuse.training.loop import TrainConfig, batch_indices, train
+from tu_diffuse.training.loop import batch_indices, train
+from tu_diffuse.training.train_config import TrainConfig
 from tu_diffuse.training.workers import join_workers
 
 torch.manual_seed(0)
