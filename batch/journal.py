@@ -5,9 +5,9 @@ A picture is done when its file and its line are there. A line that a power cut 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Entry:
     status: str
     file: str | None = None
     error: str | None = None
-    truncated: dict[str, str] | None = None
+    truncated: Mapping[str, str] = field(default_factory=dict[str, str])
     fallbacks: tuple[str, ...] = ()
     score: float | None = None
 

@@ -60,16 +60,19 @@ def settle(plan: Plan, out: Path) -> dict[str, Entry]:
     Raises:
         OutputError: the journal cannot be written.
     """
-    written = read_journal(out)
-    done: dict[str, Entry] = {}
+    done = there(plan, out)
     for planned in plan.wanted:
-        entry = written.get(planned.item.key)
-        if entry is not None and entry.file is not None and (out / entry.file).is_file():
-            done[planned.item.key] = entry
-        elif (entry := _adopted(planned, out)) is not None:
+        if planned.item.key not in done and (entry := _adopted(planned, out)) is not None:
             append(out, entry)
             done[planned.item.key] = entry
     return done
+
+
+def there(plan: Plan, out: Path) -> dict[str, Entry]:
+    """The items of a plan that have a file and a line, by key."""
+    written = read_journal(out)
+    entries = [written[planned.item.key] for planned in plan.wanted if planned.item.key in written]
+    return {entry.key: entry for entry in entries if entry.file is not None and (out / entry.file).is_file()}
 
 
 def _adopted(planned: Planned, out: Path) -> Entry | None:

@@ -1,13 +1,17 @@
 """The parts of a model for a whole run: text encoders, experts and codec, each in memory only while it is needed where memory is short."""
 
 import gc
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from ..contracts import Conditioning
+from ..errors import UsageError
+from ..pipeline.describe import describe
 from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import Encode, Place, load_codec, load_experts, load_readers
 from ..pipeline.request import Request
@@ -17,6 +21,25 @@ from ..unet.residency import ExpertPool
 from ..vae.codec import LatentCodec
 
 TEXTS_KEPT = 512  # encoded prompts that are remembered
+
+
+def model_bytes(folder: ModelFolder, place: Place) -> int:
+    """What all parts of a model take in memory together, from their headers."""
+    return describe(folder)["parameters"] * place.dtype.itemsize
+
+
+def memory_budget(gib: float | None, place: Place) -> int:
+    """Bytes to stay within: as asked for, or four fifths of what is free on the device.
+
+    Raises:
+        UsageError: not above zero.
+    """
+    if gib is not None and not 0 < gib < math.inf:
+        raise UsageError(f"--memory {gib:g} is out of range; give gibibytes above 0.")
+    if gib is not None:
+        return int(gib * 2**30)
+    free = torch.cuda.mem_get_info(place.device)[0] if place.device.type == "cuda" else psutil.virtual_memory().available
+    return free * 4 // 5
 
 
 @dataclass(frozen=True, eq=False)

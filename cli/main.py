@@ -12,6 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import TuDiffuseError
+from .batch import batch
 from .doctor import doctor
 from .experts import app as experts
 from .finetune import finetune
@@ -32,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=EXIT_CODES)(generate)
+app.command(epilog=EXIT_CODES)(batch)
 app.command(epilog=EXIT_CODES)(finetune)
 app.command(epilog=EXIT_CODES)(info)
 app.command(epilog=EXIT_CODES)(replay)

@@ -82,7 +82,7 @@ def plan_target(out: Path | None, name: str | None, picture_format: str | None, 
         if name is not None:
             raise UsageError(f"--out {path.name!r} is a file and --name {name!r} names files in a folder; leave one of them out.")
         target = Target(path.parent, path.name, template, suffix_format)
-    _try_folder(target.folder)
+    try_folder(target.folder)
     if target.file_name is not None and os.path.lexists(path):
         raise OutputError(f"{path.name!r} exists and is never overwritten; give another --out, or remove it first.")
     return target
@@ -184,7 +184,12 @@ def _give_name(temporary: str, final: Path) -> None:
         os.replace(temporary, final)
 
 
-def _try_folder(folder: Path) -> None:
+def try_folder(folder: Path) -> None:
+    """Make a folder, and try to write into it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

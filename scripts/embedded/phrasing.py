@@ -2,11 +2,13 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 from scenes import INVERSE, Object, Scene
 from stickers import NATURAL_COLOUR
 
 PREFIXES = ("", "a picture of ", "a drawing of ")
+LOOSE = 0.25  # share of relations that a caption tells as a mere "and"
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 _SCENIC = {
     "beach": ("on a beach", "at the beach", "on the beach"),
@@ -111,8 +113,13 @@ def all_captions(scene: Scene, *, background: bool = True, prefixes: bool = Fals
     return [f"{start}{body} {ground}".strip() for start, body, ground in itertools.product(starts, _statements(scene, natural), grounds)]
 
 
-def captions(scene: Scene, rng: random.Random) -> str:
-    """One random caption of `scene`: synonyms, a prefix at times, and at times no word about a plain background."""
+def captions(scene: Scene, rng: random.Random, loose: float = LOOSE) -> str:
+    """One random caption of `scene`: synonyms, a prefix at times, and at times no word about a plain background.
+
+    `loose` is the chance that a relation is said as a mere "and".
+    """
+    if scene.relation is not None and rng.random() < loose:
+        scene = replace(scene, relation="and")
     body = rng.choice(_statements(scene, natural=rng.random() < 0.3))
     silent = scene.background not in _SCENIC and rng.random() < 0.25
     ground = "" if silent else rng.choice(background_phrases(scene.background))

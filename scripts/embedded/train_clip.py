@@ -46,7 +46,7 @@ def batch(tokenizer: Tokenizer, size: int, seed: int, step: int) -> tuple[Tensor
     rng = random.Random(f"{seed} {step}")
     scenes = [sample_scene(rng, STAGES[rng.choice(("shapes", "shapes", "stickers", "full"))]) for _ in range(size // 2)]
     scenes += [swap(scene, rng) for scene in scenes]
-    tokens = tokenizer.encode([captions(scene, rng) for scene in scenes])
+    tokens = tokenizer.encode([captions(scene, rng, loose=0) for scene in scenes])
     pictures = torch.from_numpy(np.stack([render(scene, SIDE) for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pictures, tokens.ids[:, : int(tokens.mask.sum(1).max())]
 

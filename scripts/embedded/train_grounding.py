@@ -115,7 +115,7 @@ def right_cells(model: Grounded, stage: str, count: int = 200) -> tuple[float, f
             scenes.append(scene)
     truth = layout(scenes)
     with torch.no_grad():
-        kind, colour = model([captions(scene, rng) for scene in scenes])
+        kind, colour = model([captions(scene, rng, loose=0) for scene in scenes])
     objects, coloured = truth.kind >= len(BACKGROUNDS), (truth.colour >= 0) & (truth.colour < UNCOLOURED)
     kinds_right = (kind.argmax(-1) == truth.kind)[objects].float().mean().item()
     return kinds_right, (colour.argmax(-1) == truth.colour)[coloured].float().mean().item()

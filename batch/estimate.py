@@ -1,0 +1,115 @@
+"""What a run would do, said before it is done."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from .drafts import advance, begin, finish
+from .items import Item
+from .plan import Plan, Planned
+from .run import SUMMARY_FILE, missing_batches, there
+from .studio import Studio, model_bytes
+
+_STEPS = 4  # of the calibration; the quickest counts, since an expert's first one loads it
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a run would do.
+
+    Attributes:
+        pictures: asked for.
+        there: of them done already.
+        missing: to be drawn, by this part.
+        batches: in which they are computed.
+        loads: of model parts.
+        megabytes: of memory for the model and the largest batch's drafts.
+        seconds: for what is missing.
+        source: where the time comes from.
+        names: of the files to be drawn.
+    """
+
+    pictures: int
+    there: int
+    missing: int
+    batches: int
+    loads: int
+    megabytes: float
+    seconds: float
+    source: str
+    names: tuple[str, ...]
+
+
+def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_bytes: int) -> Expected:
+    """Look at a plan, and measure: a folder whose last run drew pictures says how long one takes, else a batch is drawn in a few steps.
+
+    Args:
+        studio: the model.
+        plan: what is asked for; nothing is written.
+        out: the folder.
+        part: see `run.draw_missing`.
+        window_bytes: see `engine.render`.
+    """
+    done = there(plan, out)
+    missing = {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
+    batches = missing_batches(plan, missing, part)
+    mine = [planned for batch in batches for planned in batch if planned.item.key in missing]
+    seconds, source = _past(out, len(mine)) or _calibrated(studio, batches)
+    parts = len(studio.folder.experts) + 2
+    windows = 1 if studio.roomy else max(1, _draft_bytes(studio, batches) // window_bytes)
+    whole = model_bytes(studio.folder, studio.place)
+    return Expected(
+        pictures=len(plan.wanted),
+        there=len(done),
+        missing=len(mine),
+        batches=len(batches),
+        loads=parts * windows if batches else 0,
+        megabytes=round((whole if studio.roomy else min(whole, window_bytes) + whole // parts) / 1e6, 1),
+        seconds=round(seconds, 1),
+        source=source,
+        names=tuple(planned.name for planned in mine),
+    )
+
+
+def _past(out: Path, pictures: int) -> tuple[float, str] | None:
+    """From the folder's last run."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        last = json.loads((out / SUMMARY_FILE).read_text())
+        if last["drawn"]:
+            return pictures * last["seconds"] / last["drawn"], "the folder's last run"
+    return None
+
+
+def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]]) -> tuple[float, str]:
+    """From two steps of the first batch and its decoding, by pixels and steps; loading is left out."""
+    if not batches:
+        return 0.0, "nothing to do"
+    items = [_short(planned.item) for planned in batches[0]]
+    draft = begin(studio, items)
+    if studio.roomy:
+        studio.codec()
+    spans: list[float] = []
+    while draft.next_expert(studio.table(draft.schedule)) is not None:
+        marks = [time.perf_counter()]
+        draft = advance(studio, draft, lambda _, marks=marks: marks.append(time.perf_counter()))
+        spans += [after - before for before, after in pairwise(marks)]
+    started = time.perf_counter()
+    decoded = len(list(finish(studio, draft)))
+    decode = (time.perf_counter() - started) / decoded
+    step = min(spans, default=0.0) / max(1, len(draft.items))
+    pixels = items[0].request.width * items[0].request.height
+    work = ((p.item.request, p.item.request.width * p.item.request.height / pixels) for batch in batches for p in batch)
+    return sum(area * (step * request.steps + decode) for request, area in work), f"{_STEPS} steps of the first batch"
+
+
+def _short(item: Item) -> Item:
+    return replace(item, request=replace(item.request, steps=_STEPS, sigmas=None, schedule="linspace" if item.request.sampler != "lcm" else "lcm"))
+
+
+def _draft_bytes(studio: Studio, batches: Sequence[Sequence[Planned]]) -> int:
+    """Bytes of all drafts, from the first batch's."""
+    return 0 if not batches else begin(studio, [planned.item for planned in batches[0]]).bytes * len(batches)

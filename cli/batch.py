@@ -1,0 +1,272 @@
+"""`tu-diffuse batch`: a prompt file to a folder of pictures."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from ..errors import DataError, UsageError
+from .options import Attention, Debug, Device, DType, Json, Model
+
+if TYPE_CHECKING:
+    from ..batch.drafts import Stepped
+    from ..batch.estimate import Expected
+    from ..batch.journal import Entry
+    from ..batch.lines import Problem
+    from ..batch.plan import Plan
+    from ..batch.prompt_file import PromptFile
+    from ..batch.run import Summary
+
+WINDOW_SHARE = 4  # of the memory, that drafts may take where the model does not fit
+_LINE_OPTIONS = (
+    "negative",
+    "seed",
+    "count",
+    "steps",
+    "guidance",
+    "sampler",
+    "schedule",
+    "width",
+    "height",
+    "guidance_rescale",
+    "guidance_interval",
+    "sigmas",
+    "apg",
+    "dynamic_threshold",
+    "eta",
+    "format",
+    "name",
+    "strict",
+)
+
+
+def batch(
+    prompts: Annotated[Path | None, typer.Argument(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .tsv; - reads standard input.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the pictures; the same command again goes on where it stopped.")] = None,
+    model: Model = None,
+    kind: Annotated[str | None, typer.Option(help="txt, jsonl, csv or tsv. [default: from the file's name or its first line]")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a .jsonl line, and stop.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop before loading when a line is bad; refuse words beyond the text encoders.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be drawn, and stop.")] = False,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION=V1,V2", help="Draw every line with each of these values; may be repeated.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Most pictures computed together. [default: 16, fewer of large ones]")] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GIB", help="Memory to stay within. [default: most of the machine's]")] = None,
+    part: Annotated[str, typer.Option(metavar="K/N", help="Draw the K-th of N parts, for several processes on one folder.")] = "1/1",
+    negative: Annotated[str | None, typer.Option(help="Of lines that name none; so are all options below.")] = None,
+    seed: Annotated[int | None, typer.Option(help="0..4294967295. [default: from each line's text]")] = None,
+    count: Annotated[int | None, typer.Option(help="Pictures of each line, with the seeds SEED, SEED+1, ... [default: 1]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps. [default: the model's]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none. [default: the model's]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="As in generate. [default: the model's]")] = None,
+    schedule: Annotated[str | None, typer.Option(help="As in generate. [default: the model's]")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. [default: the model's]")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. [default: the model's]")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="0..1, as in generate.")] = None,
+    guidance_interval: Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="As in generate.")] = None,
+    sigmas: Annotated[str | None, typer.Option(metavar="S1,S2,...", help="As in generate.")] = None,
+    apg: Annotated[bool | None, typer.Option("--apg", help="Adaptive projected guidance.")] = None,
+    dynamic_threshold: Annotated[float | None, typer.Option(help="0..1, as in generate.")] = None,
+    eta: Annotated[float | None, typer.Option(help="0..1, as in generate.")] = None,
+    format: Annotated[str | None, typer.Option(help="png, jpeg or webp. [default: png]")] = None,
+    name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names. [default: {number}-{prompt}-{seed}]")] = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    attention: Attention = "auto",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a file of prompts into a folder.
+
+    Run the same command again to go on: what is there is kept, what is missing is drawn, with the pixels of a run that went through. Good lines are
+    drawn even when others are bad; the bad ones are listed with line and column, and the exit code is 1.
+
+    Examples:
+
+      tu-diffuse batch prompts.txt --out pictures
+
+      tu-diffuse batch prompts.jsonl --out pictures --sweep guidance=1,3,5 --count 4
+
+      tu-diffuse batch prompts.csv --out pictures --dry-run
+
+    With --json each line has an event: problem (line, column, message), plan (pictures, batches, there), picture (path, line, key, truncated,
+    fallbacks), failed (line, key, error), summary (asked, done, failed, blocked, skipped, drawn, seconds, loads).
+    """
+    del debug  # read in main.py
+    from ..batch.options import schema as json_schema
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    given = {option: value for option, value in locals().items() if option in _LINE_OPTIONS and value not in (None, False)}
+    if prompts is None:
+        raise UsageError("the prompt file is missing; name one that ends in .txt, .jsonl, .csv or .tsv, or - for standard input.")
+    if out is None:
+        raise UsageError("--out is missing; name the folder of the pictures.")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is out of range; give 1 or more.")
+    which = _part(part)
+
+    from ..batch.estimate import expect
+    from ..batch.items import make_items
+    from ..batch.journal import only_run
+    from ..batch.plan import extend, load_plan, save_plan
+    from ..batch.run import draw_missing, settle, summarise
+    from ..batch.studio import Studio, memory_budget, model_bytes
+    from ..pipeline.folder import open_folder
+    from ..pipeline.loading import choose_place
+    from ..pipeline.output import try_folder
+
+    file = _read(prompts, kind)
+    folder, place = open_folder(model), choose_place(dtype, device, attention)
+    circumstances = {"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)}
+    items, refused = make_items(folder, file.lines, defaults=_checked(given), sweep=_sweep(sweep or []), circumstances=circumstances)
+    reporter = _Reporter(as_json, out)
+    problems = sorted((*file.problems, *refused))
+    for problem in problems:
+        reporter.problem(problem)
+    blocked = len({problem.line for problem in problems})
+    if strict and problems:
+        raise DataError(f"{blocked} lines of {prompts.name!r} are bad, as listed; correct them, or leave out --strict to draw the others.")
+    budget = memory_budget(memory, place)
+    studio = Studio(folder, place, roomy=model_bytes(folder, place) < budget)
+    if dry_run:
+        reporter.expected(expect(studio, extend(load_plan(out, folder.fingerprint), items, batch_size), out, which, budget // WINDOW_SHARE))
+        return
+    try_folder(out)
+    started, drawn = time.monotonic(), 0
+    with only_run(out, which):
+        plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
+        save_plan(plan, out)
+        done = settle(plan, out)
+        reporter.plan(plan, len(done))
+        try:
+            for entry in draw_missing(studio, plan, done, out, part=which, window_bytes=budget // WINDOW_SHARE, tell=reporter.step):
+                drawn += entry.status == "done"
+                reporter.entry(entry)
+        finally:
+            summary = summarise(plan, out, blocked, drawn, started, studio.loads)
+            reporter.summary(summary)
+    if summary.failed or summary.blocked:
+        raise typer.Exit(1)
+
+
+def _read(path: Path, kind: str | None) -> "PromptFile":
+    from ..batch.prompt_file import KINDS, kind_of, read_prompts, sniff
+
+    known = {name: name for name in KINDS}
+    if kind is not None and kind not in known:
+        raise UsageError(f"--kind {kind!r} is not known; use one of {', '.join(KINDS)}.")
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"prompt file {path.name!r} cannot be read ({error.strerror}); name one that exists.") from None
+    if kind is not None:
+        return read_prompts(data, known[kind])
+    return read_prompts(data, sniff(data) if str(path) == "-" else kind_of(path.name))
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts) <= 100_000):
+        raise UsageError(f"--part {text!r} is no part; write 3/8 for the third of eight.")
+    return int(number), int(parts)
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the command line, checked as those of a line are."""
+    from ..batch.options import BY_NAME, from_json, from_text
+
+    return {name: (from_text if isinstance(value, str) else from_json)(BY_NAME[name], value) for name, value in given.items()}
+
+
+def _sweep(texts: list[str]) -> dict[str, list[Any]]:
+    from ..batch.options import BY_NAME, from_text
+
+    sweeps: dict[str, list[Any]] = {}
+    sweepable = [one.name for one in BY_NAME.values() if one.items is None and one.name not in ("prompt", "seed", "count")]
+    for text in texts:
+        option, _, values = text.partition("=")
+        name = option.replace("-", "_")
+        if name not in sweepable or not values:
+            raise UsageError(f"--sweep {text!r} cannot be used; write OPTION=V1,V2 with one of {', '.join(sweepable)}.")
+        if name in sweeps:
+            raise UsageError(f"--sweep names {name} twice; put all its values into one.")
+        sweeps[name] = [from_text(BY_NAME[name], value) for value in values.split(",")]
+    return sweeps
+
+
+class _Reporter:
+    """Tells of progress: JSON lines on standard output, or paths on standard output and the rest on standard error."""
+
+    def __init__(self, as_json: bool, out: Path) -> None:
+        self._json, self._out = as_json, out
+        self._started, self._wanted, self._there, self._drawn = time.monotonic(), 0, 0, 0
+
+    def problem(self, problem: "Problem") -> None:
+        """Say what is wrong with a line."""
+        self._event("problem", asdict(problem), f"line {problem.line}, column {problem.column}: {problem.message}")
+
+    def expected(self, expected: "Expected") -> None:
+        """Say what would be drawn."""
+        text = (
+            f"{expected.pictures} pictures, {expected.there} there, {expected.missing} to draw in {expected.batches} batches; {expected.loads} loads "
+            f"of model parts, about {expected.megabytes:.0f} MB of memory and {expected.seconds:.0f} s (by {expected.source})"
+        )
+        self._event("expected", asdict(expected), "\n".join([text, *expected.names]))
+
+    def plan(self, plan: "Plan", there: int) -> None:
+        """Say what will be drawn."""
+        self._wanted, self._there = len(plan.wanted), there
+        facts = {"pictures": self._wanted, "batches": len(plan.batches), "there": there}
+        self._event("plan", facts, f"{self._wanted} pictures in {len(plan.batches)} batches, {there} there")
+
+    def step(self, event: "Stepped") -> None:
+        """On a terminal, say which expert is at work."""
+        if not self._json and sys.stderr.isatty():
+            print(f"\r{self._progress()}, {event.expert}\033[K", end="", file=sys.stderr, flush=True)
+
+    def entry(self, entry: "Entry") -> None:
+        """Say what became of an item."""
+        self._drawn += 1
+        facts = {name: value for name, value in asdict(entry).items() if name not in ("status", "file")} | {"progress": self._numbers()}
+        if entry.status == "failed":
+            self._event("failed", facts, f"line {entry.line}: {entry.error}")
+            return
+        path = str(self._out / str(entry.file))
+        self._event("picture", {"path": path, **facts}, path, sys.stdout)
+        for encoder, words in {} if self._json else entry.truncated.items():
+            self._event("", {}, f"line {entry.line}: not seen by the text encoder {encoder}: {words}")
+
+    def summary(self, summary: "Summary") -> None:
+        """Say what the run came to."""
+        text = f"{summary.done} of {summary.asked} done, {summary.failed} failed, {summary.blocked} bad lines, {summary.skipped} left"
+        self._event("summary", asdict(summary), f"{text}; {summary.drawn} drawn in {summary.seconds:.1f} s")
+
+    def _numbers(self) -> dict[str, float]:
+        speed = self._drawn / (time.monotonic() - self._started)
+        left = self._wanted - self._there - self._drawn
+        return {
+            "done": self._there + self._drawn,
+            "pictures": self._wanted,
+            "pictures_per_second": round(speed, 3),
+            "seconds_left": round(left / speed),
+        }
+
+    def _progress(self) -> str:
+        if not self._drawn:
+            return f"{self._there}/{self._wanted}"
+        now = self._numbers()
+        left = time.strftime("%H:%M:%S", time.gmtime(now["seconds_left"]))
+        return f"{now['done']}/{now['pictures']}, {now['pictures_per_second']:.2f} pictures/s, {left} left"
+
+    def _event(self, event: str, facts: dict[str, Any], text: str, stream: TextIO | None = None) -> None:
+        if self._json:
+            print(json.dumps({"event": event, **facts}), flush=True)
+        else:
+            print(text, file=sys.stderr if stream is None else stream, flush=True)
