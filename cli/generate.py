@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from ..pipeline.limits import RANGES
 from .options import Attention, Debug, Device, DType, Json, Model
 
 
@@ -64,8 +65,9 @@ def generate(
     texts = [sys.stdin.read().rstrip("\n") if prompt == "-" else prompt for prompt in prompts]
     if prompts.count("-") > 1:
         raise UsageError("- is given more than once but standard input can be read only once; give it once.")
-    if not 1 <= count <= 10_000:
-        raise UsageError(f"--count {count} is out of range; give a number from 1 to 10000.")
+    fewest, most = RANGES["count"]
+    if not fewest <= count <= most:
+        raise UsageError(f"--count {count} is out of range; give a number from {fewest} to {most}.")
 
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import load_model

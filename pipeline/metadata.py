@@ -26,10 +26,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import DataError, UsageError
+from .limits import FORMATS
 
 KEY = "tu-diffuse"
-FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
-SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _XMP = (

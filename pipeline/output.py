@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import OutputError, UsageError
-from .metadata import SUFFIXES
+from .limits import SUFFIXES
 
 MAX_NAME_BYTES = 180
 _SUFFIX_OF = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
@@ -68,7 +68,7 @@ def plan_target(out: Path | None, name: str | None, picture_format: str | None, 
         raise UsageError(f"--format {picture_format!r} is not known; use one of {', '.join(_SUFFIX_OF)}.")
     path = Path() if out is None else out
     is_folder = path.is_dir() or str(out).endswith(("/", os.sep)) or not path.suffix
-    template = "{prompt}-{seed}" if name is None else _checked_template(name)
+    template = "{prompt}-{seed}" if name is None else checked_template("--name", name)
     if is_folder:
         target = Target(path, None, template, "png" if picture_format is None else picture_format)
     else:
@@ -138,6 +138,26 @@ def replace(data: bytes, path: Path) -> None:
         raise _unwritable(path.parent, error) from None
 
 
+def checked_template(what: str, name: str) -> str:
+    """Return a template of file names as it is.
+
+    Raises:
+        UsageError: it has other fields than {prompt}, {seed} and {number}, or is no file name on every system.
+    """
+    try:
+        fields = [(field, spec, conversion) for _, field, spec, conversion in string.Formatter().parse(name) if field is not None]
+    except ValueError:
+        fields = [(name, "", None)]
+    if any(field not in _TEMPLATE_FIELDS or spec or conversion is not None for field, spec, conversion in fields):
+        raise UsageError(f"{what} {name!r} has a field that is not known; use {{prompt}}, {{seed}} and {{number}} only.")
+    plain = name.format(prompt="", seed="", number="")
+    if not name or re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', plain) or name.startswith((".", "-")) or name.endswith((".", " ")):
+        raise UsageError(
+            f"{what} {name!r} is no file name on every system; use letters, digits, dashes, and the fields {{prompt}}, {{seed}}, {{number}}."
+        )
+    return name
+
+
 def slug(prompt: str) -> str:
     """A prompt as part of a file name: lower-case letters and digits of any script joined by dashes, at most 60 bytes, "picture" when none."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", prompt).lower())
@@ -148,21 +168,6 @@ def slug(prompt: str) -> str:
 def shorten(text: str, limit: int) -> str:
     """The longest start of `text` that takes at most `limit` bytes in UTF-8."""
     return text.encode("utf-8", "ignore")[:limit].decode("utf-8", "ignore")
-
-
-def _checked_template(name: str) -> str:
-    try:
-        fields = [(field, spec, conversion) for _, field, spec, conversion in string.Formatter().parse(name) if field is not None]
-    except ValueError:
-        fields = [(name, "", None)]
-    if any(field not in _TEMPLATE_FIELDS or spec or conversion is not None for field, spec, conversion in fields):
-        raise UsageError(f"--name {name!r} has a field that is not known; use {{prompt}}, {{seed}} and {{number}} only.")
-    plain = name.format(prompt="", seed="", number="")
-    if not name or re.search(r'[<>:"/\\|?*\x00-\x1f\x7f]', plain) or name.startswith((".", "-")) or name.endswith((".", " ")):
-        raise UsageError(
-            f"--name {name!r} is no file name on every system; use letters, digits, dashes, and the fields {{prompt}}, {{seed}}, {{number}}."
-        )
-    return name
 
 
 def candidates(wanted: str) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """What is asked for: every setting of a batch of pictures, resolved against the model's defaults and checked before any weight is loaded."""
 
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,11 +8,8 @@ from ..errors import UsageError
 from ..schedulers.registry import SAMPLERS, sampler_info
 from ..schedulers.schedules import SPACINGS, make_schedule
 from .folder import ModelFolder
-from .seeds import MAX_SEED
+from .limits import RANGES, checked_text
 
-MAX_PROMPT = 4000
-MAX_STEPS = 1000
-MAX_SIDE = 8192
 BATCH_PIXELS = 4 * 512 * 512
 BATCH_PICTURES = 16
 
@@ -124,37 +120,21 @@ def batches(request: Request) -> list[Request]:
     return [replace(request, seeds=request.seeds[i : i + size]) for i in range(0, len(request.seeds), size)]
 
 
-def checked_text(what: str, text: str) -> str:
-    """Return a prompt as it is.
-
-    Raises:
-        UsageError: it is blank, longer than 4000 characters, or holds control characters or lone surrogates.
-    """
-    if not text.strip():
-        raise UsageError(f"{what} is empty; say what the picture should show.")
-    if len(text) > MAX_PROMPT:
-        raise UsageError(f"{what} is {len(text)} characters long; at most {MAX_PROMPT} are taken, and text encoders read far fewer; shorten it.")
-    for position, character in enumerate(text):
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t":
-            raise UsageError(f"{what} holds the control character U+{ord(character):04X} at position {position}; remove it.")
-    return text
-
-
 def _check(folder: ModelFolder, request: Request) -> None:
     for name, side in (("width", request.width), ("height", request.height)):
-        _within(name, side, folder.factor, MAX_SIDE)
+        _within(name, side, folder.factor, RANGES[name][1])
         if side % folder.factor:
             below = side - side % folder.factor
             near = f"{below} and {below + folder.factor}"
             raise UsageError(f"--{name} {side} is not a multiple of {folder.factor}, which this model needs; the nearest that fit are {near}.")
     _one_of("schedule", request.schedule, SPACINGS)
-    _within("steps", request.steps, 1, MAX_STEPS)
-    _within("guidance", request.guidance, 0, 1000)
-    _within("guidance-rescale", request.guidance_rescale, 0, 1)
+    _within("steps", request.steps, *RANGES["steps"])
+    _within("guidance", request.guidance, *RANGES["guidance"])
+    _within("guidance-rescale", request.guidance_rescale, *RANGES["guidance_rescale"])
     for seed in request.seeds:
-        _within("seed", seed, 0, MAX_SEED)
+        _within("seed", seed, *RANGES["seed"])
     if request.eta is not None:
-        _within("eta", request.eta, 0, 1)
+        _within("eta", request.eta, *RANGES["eta"])
         takers = [name for name, info in SAMPLERS.items() if "eta" in info.options]
         if request.sampler not in takers:
             raise UsageError(f"--eta has no meaning for the sampler {request.sampler}; it is a setting of {', '.join(takers)}.")
@@ -162,7 +142,7 @@ def _check(folder: ModelFolder, request: Request) -> None:
     if interval is not None and not 0 <= interval[0] < interval[1]:
         raise UsageError(f"--guidance-interval {interval[0]:g},{interval[1]:g} is empty; give two sigmas, the lower one first.")
     if request.dynamic_threshold is not None:
-        _within("dynamic-threshold", request.dynamic_threshold, 0.01, 1)
+        _within("dynamic-threshold", request.dynamic_threshold, *RANGES["dynamic_threshold"])
     make_schedule(folder.noise, request.sampler, request.steps, spacing=request.schedule, sigmas=request.sigmas)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-MAX_SEED = 2**32 - 1
+from .limits import MAX_SEED
 
 
 def random_seed(count: int = 1) -> int:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .names import TIMESTEP_SPACINGS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
 # The smallest ābar after the zero-terminal-SNR rescale: fp16's smallest subnormal, so that the last sigma is 4096 instead of infinite.
 ZERO_SNR_FLOOR = 2.0**-24

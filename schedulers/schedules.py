@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .noise import TIMESTEP_SPACINGS, NoiseSchedule
+from .names import SPACINGS, TIMESTEP_SPACINGS
+from .noise import NoiseSchedule
 from .registry import SamplerInfo, sampler_info
 from .spacings import AYS_TIMESTEPS, SIGMA_SPACINGS, ays_sigmas, lcm_timesteps, whole_spacing
-
-SPACINGS = (*TIMESTEP_SPACINGS, *SIGMA_SPACINGS, *AYS_TIMESTEPS, "lcm", "custom")
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ BOTTOM = ("unet", "vae", "text_encoders", "schedulers")
 MAY_IMPORT = {name: {name} for name in BOTTOM} | {
     "pipeline": {"pipeline", *BOTTOM},
     "training": {"training", "pipeline", *BOTTOM},
-    "cli": {"cli", "pipeline", "training"},
+    "batch": {"batch", "pipeline", *BOTTOM},
+    "cli": {"cli", "batch", "pipeline", "training"},
 }
 SHARED = {"contracts", "attention", "errors", "weights", "__init__", ""}
 

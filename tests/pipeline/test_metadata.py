@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tu_diffuse.errors import DataError
-from tu_diffuse.pipeline.metadata import FORMATS, encode_picture, read_metadata
+from tu_diffuse.pipeline.limits import FORMATS
+from tu_diffuse.pipeline.metadata import encode_picture, read_metadata
 
 _IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
 

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from tu_diffuse.errors import UsageError
+from tu_diffuse.schedulers.names import SAMPLER_NAMES, SPACINGS, TIMESTEP_SPACINGS
 from tu_diffuse.schedulers.noise import NoiseSchedule, scaled_linear_betas
 from tu_diffuse.schedulers.registry import SAMPLERS, sampler_info
 from tu_diffuse.schedulers.schedules import make_schedule
+from tu_diffuse.schedulers.spacings import AYS_TIMESTEPS, SIGMA_SPACINGS
 from tu_diffuse.schedulers.step import crosses, stages
 
 NOISE = NoiseSchedule.from_betas(scaled_linear_betas(0.00085, 0.012, 1000))
@@ -225,3 +227,8 @@ def test_refusals_of_names_and_eta():
         sampler_info("plms")
     with pytest.raises(UsageError):
         next(iter(SAMPLERS["ddim"].function(gaussian, torch.ones(1, 1, 1, 1), torch.tensor([1.0, 0.0]), no_noise, eta=1.5)))
+
+
+def test_the_names_known_without_torch_are_all_there_are():
+    assert tuple(SAMPLERS) == SAMPLER_NAMES
+    assert set(SPACINGS) == {*TIMESTEP_SPACINGS, *SIGMA_SPACINGS, *AYS_TIMESTEPS, "lcm", "custom"}
