@@ -24,10 +24,10 @@ def read_text_lines(text: str) -> Iterator[Line | Problem]:
         if problem is not None:
             yield problem
         else:
-            yield from checked_line(number, _txt_cells(line), from_text)
+            yield from checked_line(number, _cells(line), from_text)
 
 
-def _txt_cells(line: str) -> Iterator[Cell]:
+def _cells(line: str) -> Iterator[Cell]:
     flags = list(_FLAG.finditer(line))
     prompt_end, *ends = [*(flag.start() for flag in flags), len(line)]
     prompt = line[:prompt_end]
