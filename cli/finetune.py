@@ -46,6 +46,7 @@ def finetune(
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. [default: 500]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random. [default: 0]")] = None,
     expert: Annotated[str | None, typer.Option(help="Train this expert only, on its own noise levels. [default: all]")] = None,
+    train: Annotated[str | None, typer.Option(metavar="PARTS", help="unet, text-encoders, conditioner, separated by commas. [default: unet]")] = None,
     lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train low-rank adapters of the attention. [default: all weights]")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Scale of the adapters times their rank. [default: the rank]")] = None,
     format: Annotated[str | None, typer.Option(help="Layout of the LoRA file: diffusers or kohya. [default: diffusers]")] = None,
@@ -94,6 +95,8 @@ def finetune(
     Examples:
 
       tu-diffuse finetune --shards 'laion/{00000..00009}.tar' --out tuned --steps 2000 --lora 16
+
+      tu-diffuse finetune --model my-sd15 --shards cats.tar --out tuned --steps 800 --lora 8 --train unet,text-encoders --format kohya
 
       tu-diffuse finetune --config run.toml --out tuned --dry-run
 

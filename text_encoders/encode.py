@@ -1,6 +1,6 @@
 """From prompts to a `Conditioning`, one function for each family of models: SD 1.x and 2.x, SDXL, and the CLIP/T5 join.
 
-Within a call each distinct text is tokenized and encoded once.
+Within a call each distinct text is tokenized and encoded once. Gradients reach the encoders whose weights ask for them; loaded ones do not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,9 +97,8 @@ def encode_sd(prompts: Sequence[str], clip: ClipPart, clip_skip: int = 0) -> Enc
         UsageError: more layers to skip than there are.
     """
     texts, row = _distinct(prompts)
-    with torch.no_grad():
-        tokens, output = _run_clip(clip, texts)
-        hidden = clip.model.final_norm(_skipped(output, clip_skip, already=0))
+    tokens, output = _run_clip(clip, texts)
+    hidden = clip.model.final_norm(_skipped(output, clip_skip, already=0))
     return Encoded(Conditioning(tokens=hidden[row.to(hidden.device)]), _overflows(row, {"clip": tokens}))
 
 
@@ -127,26 +126,25 @@ def encode_sdxl(
         ModelError: a second tower without projection, or towers of different lengths.
     """
     texts, row = _distinct(["" if prompt is None else prompt for prompt in prompts])
-    with torch.no_grad():
-        tokens_2, output_2 = _run_clip(clip_2, texts)
-        if output_2.projected is None:
-            raise ModelError("the second SDXL text encoder has no text_projection; a CLIPTextModelWithProjection was wanted; repair the model folder")
-        hidden = _skipped(output_2, clip_skip, already=1)
-        overflow = {"clip_2": tokens_2}
-        if clip is not None:
-            if clip.tokenizer.length != clip_2.tokenizer.length:
-                lengths = f"{clip.tokenizer.length} and {clip_2.tokenizer.length}"
-                raise ModelError(f"the SDXL tokenizers give {lengths} tokens; equal lengths were wanted; repair the model folder")
-            tokens, output = _run_clip(clip, texts)
-            hidden = torch.cat([_skipped(output, clip_skip, already=1).to(hidden), hidden], dim=-1)
-            overflow = {"clip": tokens, **overflow}
-        row_here = row.to(hidden.device)
-        told = torch.tensor([prompt is not None or not force_zeros_for_empty_prompt for prompt in prompts], device=hidden.device)
-        conditioning = Conditioning(
-            tokens=hidden[row_here] * told[:, None, None],
-            pooled=output_2.projected[row_here] * told[:, None],
-            size_ids=torch.tensor(size_ids, dtype=torch.float32, device=hidden.device).expand(len(prompts), -1),
-        )
+    tokens_2, output_2 = _run_clip(clip_2, texts)
+    if output_2.projected is None:
+        raise ModelError("the second SDXL text encoder has no text_projection; a CLIPTextModelWithProjection was wanted; repair the model folder")
+    hidden = _skipped(output_2, clip_skip, already=1)
+    overflow = {"clip_2": tokens_2}
+    if clip is not None:
+        if clip.tokenizer.length != clip_2.tokenizer.length:
+            lengths = f"{clip.tokenizer.length} and {clip_2.tokenizer.length}"
+            raise ModelError(f"the SDXL tokenizers give {lengths} tokens; equal lengths were wanted; repair the model folder")
+        tokens, output = _run_clip(clip, texts)
+        hidden = torch.cat([_skipped(output, clip_skip, already=1).to(hidden), hidden], dim=-1)
+        overflow = {"clip": tokens, **overflow}
+    row_here = row.to(hidden.device)
+    told = torch.tensor([prompt is not None or not force_zeros_for_empty_prompt for prompt in prompts], device=hidden.device)
+    conditioning = Conditioning(
+        tokens=hidden[row_here] * told[:, None, None],
+        pooled=output_2.projected[row_here] * told[:, None],
+        size_ids=torch.tensor(size_ids, dtype=torch.float32, device=hidden.device).expand(len(prompts), -1),
+    )
     return Encoded(conditioning, _overflows(row, overflow))
 
 
@@ -157,20 +155,19 @@ def embed_clip_t5(prompts: Sequence[str], clip: ClipPart, t5: T5Part) -> Embedde
         ModelError: a tower without projection.
     """
     texts, row = _distinct(prompts)
-    with torch.no_grad():
-        clip_tokens, output = _run_clip(clip, texts)
-        if output.projected is None:
-            raise ModelError("the CLIP text tower has no text_projection; one was wanted for the pooled vector; use a CLIPTextModelWithProjection")
-        t5_tokens, t5_hidden = _run_t5(t5, texts)
-        clip_row, t5_row = row.to(output.pooled.device), row.to(t5_hidden.device)
-        return Embedded(
-            clip_tokens=output.last_hidden_state[clip_row],
-            clip_mask=clip_tokens.mask.to(clip_row.device)[clip_row],
-            clip_pooled=output.projected[clip_row],
-            t5_tokens=t5_hidden[t5_row],
-            t5_mask=t5_tokens.mask.to(t5_row.device)[t5_row],
-            overflow=_overflows(row, {"clip": clip_tokens, "t5": t5_tokens}),
-        )
+    clip_tokens, output = _run_clip(clip, texts)
+    if output.projected is None:
+        raise ModelError("the CLIP text tower has no text_projection; one was wanted for the pooled vector; use a CLIPTextModelWithProjection")
+    t5_tokens, t5_hidden = _run_t5(t5, texts)
+    clip_row, t5_row = row.to(output.pooled.device), row.to(t5_hidden.device)
+    return Embedded(
+        clip_tokens=output.last_hidden_state[clip_row],
+        clip_mask=clip_tokens.mask.to(clip_row.device)[clip_row],
+        clip_pooled=output.projected[clip_row],
+        t5_tokens=t5_hidden[t5_row],
+        t5_mask=t5_tokens.mask.to(t5_row.device)[t5_row],
+        overflow=_overflows(row, {"clip": clip_tokens, "t5": t5_tokens}),
+    )
 
 
 def encode_clip_t5(prompts: Sequence[str], part: ClipT5Part) -> Encoded:
@@ -181,16 +178,15 @@ def encode_clip_t5(prompts: Sequence[str], part: ClipT5Part) -> Encoded:
     embedded = embed_clip_t5(prompts, part.clip, part.t5)
     weight = part.conditioner.null_token
     said = torch.tensor([prompt != "" for prompt in prompts], device=weight.device)
-    with torch.no_grad():
-        conditioning = part.conditioner(
-            embedded.clip_tokens.to(weight),
-            embedded.clip_mask.to(weight.device),
-            embedded.clip_pooled.to(weight),
-            embedded.t5_tokens.to(weight),
-            embedded.t5_mask.to(weight.device),
-            keep_clip=said,
-            keep_t5=said,
-        )
+    conditioning = part.conditioner(
+        embedded.clip_tokens.to(weight),
+        embedded.clip_mask.to(weight.device),
+        embedded.clip_pooled.to(weight),
+        embedded.t5_tokens.to(weight),
+        embedded.t5_mask.to(weight.device),
+        keep_clip=said,
+        keep_t5=said,
+    )
     return Encoded(conditioning, embedded.overflow)
 
 

@@ -29,6 +29,7 @@ class FinetuneConfig:
         save_every: steps between checkpoints.
         seed: of everything random.
         expert: train this expert only, on its own noise levels and a margin; None trains all.
+        train: what is trained: "unet", "text-encoders" (all of the model's) and "conditioner" (the join of CLIP and T5), separated by commas.
         lora: rank of the adapters; None trains all weights.
         lora_alpha: scale of the adapters times their rank; None is the rank.
         format: layout of the LoRA file.
@@ -66,6 +67,7 @@ class FinetuneConfig:
     save_every: int = 500
     seed: int = 0
     expert: str | None = None
+    train: str = "unet"
     lora: int | None = None
     lora_alpha: float | None = None
     format: Literal["diffusers", "kohya"] = "diffusers"
@@ -108,6 +110,8 @@ class FinetuneConfig:
         return self.steps - self.warmup if self.cooldown is None else self.cooldown, self.lr_schedule
 
 
+PARTS = ("unet", "text-encoders", "conditioner")
+"""What can be trained."""
 _AT_LEAST: dict[str, float] = {
     "steps": 1,
     "batch_size": 1,
@@ -202,6 +206,11 @@ def _check(config: FinetuneConfig) -> None:
         raise UsageError(f"--warmup {config.warmup} and --cooldown {config.cooldown or 0} are longer than the {config.steps} steps; shorten them.")
     if config.optimizer == "prodigy" and config.lr < 0.1:
         raise UsageError(f"--lr {config.lr:g} multiplies the rate that prodigy finds by itself; give 1, or leave it out.")
+    parts = config.train.split(",")
+    if not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
+        raise UsageError(f"--train {config.train!r} is not known; give one or more of {', '.join(PARTS)}, separated by commas, each once.")
+    if "conditioner" in parts and config.format == "kohya":
+        raise UsageError("--format kohya has no names for the conditioner; leave it out of --train, or use --format diffusers.")
     if config.lora is None and config.lora_alpha is not None:
         raise UsageError("--lora-alpha has no meaning without --lora; give a rank with --lora, or leave it out.")
     if config.lora is None and config.format != "diffusers":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention import AttentionBackend
 from ..errors import DataError, UsageError
@@ -134,6 +134,11 @@ class EncodedSource:
     index: ShardIndex
     join: Join
     device: torch.device
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """See `Source`."""
+        return {} if self.join.conditioner is None else {"conditioner": self.join.conditioner}
 
     def read(self, number: int, size: tuple[int, int], cut: torch.Generator | None) -> dict[str, Tensor]:
         """See `Source`; size and cut were decided when the sample was encoded."""

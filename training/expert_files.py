@@ -11,13 +11,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..pipeline.folder import TEXT_PARTS, ModelFolder
+from ..text_encoders.clip import clip_state_dict
+from ..text_encoders.t5 import t5_state_dict
 from ..unet.deltas import LORA, TENSORS, chain, check_hashes, differing, expert_sha256, read_delta, read_expert, write_delta
 from ..unet.experts import ExpertEntry, write_experts
 from ..unet.lora import read_lora, with_lora
-from ..weights import read_json
+from ..weights import read_json, read_weights
 from .staging import copy_folder, linked, staged_folder
 
 WHOLE = "diffusion_pytorch_model.safetensors"
+_CONVERTED: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], dict[str, Tensor]], str]] = {
+    "CLIPTextModel": (clip_state_dict, "model"),
+    "CLIPTextModelWithProjection": (clip_state_dict, "model"),
+    "T5EncoderModel": (t5_state_dict, "model"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,12 @@ class Draft:
 
 
 def write_model(
-    model: ModelFolder, drafts: Sequence[Draft], out: Path, link: bool = False, added: Mapping[str, Component] | None = None
+    model: ModelFolder,
+    drafts: Sequence[Draft],
+    out: Path,
+    link: bool = False,
+    added: Mapping[str, Component] | None = None,
+    replaced: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> tuple[ExpertEntry, ...]:
     """Write a model folder: the parts of `model`, and experts.
 
@@ -77,6 +89,7 @@ def write_model(
         out: the new folder; must not exist.
         link: hard links instead of copies of files that stay the same.
         added: components that experts read prompts with and `model` does not have, by name.
+        replaced: new weights of text encoders and the conditioner, by component, under the names of our networks.
 
     Returns:
         The experts as written, from low to high noise.
@@ -97,6 +110,8 @@ def write_model(
     with staged_folder(out) as staged:
         copy = linked if link else shutil.copyfile
         _copy_parts(model.path, staged, copy, {} if added is None else added, gone)
+        for component, state in ({} if replaced is None else replaced).items():
+            _replace_weights(model.path / component, staged / component, model.parts[component], state)
         store = _Store(staged, ordered, copy)
         if any(unet in _sources(draft.weights) for draft in ordered):
             store.copied(unet)  # before an equal network of another model, so that it keeps its name
@@ -126,6 +141,18 @@ def _copy_parts(source: Path, target: Path, copy: Callable[[Path, Path], object]
         (target / "model_index.json").unlink()  # it may be a link
         index |= {name: list(component.kind) for name, component in added.items()}
         (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace_weights(source: Path, target: Path, kind: str, state: Mapping[str, Tensor]) -> None:
+    """Write a component's weights anew, as one file, under the names and in the dtypes of its own files."""
+    convert, stem = _CONVERTED.get(kind, (dict, "diffusion_pytorch_model"))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_weights(source, stem).items():
+        ours = next(iter(convert({name: tensor})), None)  # none of what our network has no use for
+        tensors[name] = tensor if ours is None else state[ours].detach().cpu().to(tensor.dtype).contiguous().clone()
+    for path in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index*.json")]:
+        path.unlink()
+    save_file(tensors, target / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
 def weights_for(folder: Path, tensors: Mapping[str, Tensor]) -> Weights:

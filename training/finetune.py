@@ -3,7 +3,7 @@
 out/checkpoints/    the newest two checkpoints and losses.jsonl
 out/validation/     the loss on held-out samples (validation.jsonl) and pictures of the prompts
 out/model/          the result, an ordinary model folder
-out/pytorch_lora_weights.safetensors    with --lora, one for each expert
+out/pytorch_lora_weights.safetensors    with --lora; in an ensemble one for each network
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
@@ -24,19 +24,17 @@ from .batches import ahead, batch_plan, bucket_of, crop_generator, sizes_for
 from .config import FinetuneConfig
 from .encoded import encoded_bucket, open_source, stored_encoding
 from .encoded_members import StoredEncoding
-from .expert_files import Draft, Kept, weights_for, write_model
 from .loop import Logged, generator_for, train
-from .lora import add_adapters, pairs_of, write_diffusers, write_kohya
 from .memory import recompute_activations
 from .objective import Draw, Objective, denoising_loss, draw
+from .result import write_result
 from .shards import ShardIndex
 from .sources import Source
-from .subject import Subject, load_subject, predictor
+from .subject import Subject, load_subject, predictor, trained_networks
 from .tallies import noise_bins
 from .train_config import TrainConfig
 from .workers import ALONE, Workers
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _NOT_IDENTITY = ("steps", "lr_schedule", "cooldown", "save_every", "workers", "when_full", "validate_every", "prompts", "threads", "shards")
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the trained timesteps, at which the validation loss is measured
 
@@ -86,8 +84,8 @@ def make_plan(config: FinetuneConfig, folder: ModelFolder, index: ShardIndex, ke
     """
     if config.t5_dropout and folder.family != "clip-t5":
         raise UsageError(f"--t5-dropout has no meaning for {folder.name!r}, which has no T5; leave it out.")
-    if config.format == "kohya" and folder.family.startswith("sdxl"):
-        raise UsageError("--format kohya is not written for SDXL, whose layers kohya's programs call otherwise; use --format diffusers.")
+    if "conditioner" in config.train.split(",") and folder.family != "clip-t5":
+        raise UsageError(f"--train conditioner has no meaning for {folder.name!r}, which does not join CLIP and T5; leave it out.")
     sizes = sizes_for(folder, config.resolution, config.buckets)
     stored = stored_encoding(folder, index, sizes[0][0], config.buckets)
     generator = generator_for(config.seed, 1 << 37)
@@ -131,10 +129,12 @@ def finetune(
     if (out / "model").exists():
         raise UsageError(f"{out.name!r} holds a finished run; give another --out.")
     subject = load_subject(plan.folder, config.expert, where)
-    if config.lora is not None:
-        add_adapters(subject.unets, config.lora, _alpha(config), config.seed)
+    source = open_source(plan.folder, plan.index, plan.stored, where)
+    networks = trained_networks(subject, source.networks, config)
     if config.gradient_checkpointing:
         recompute_activations(subject.unets)
+    if config.expert is not None and config.train != "unet" and len(plan.folder.experts) > 1:
+        report(f"the text parts that are trained with {config.expert!r} change what all experts of {plan.folder.name!r} read")
     first, end = subject.span
     objective = Objective(
         sigmas=plan.folder.noise.sigmas,
@@ -167,11 +167,10 @@ def finetune(
         log_every=min(20, config.steps),
         when_full=config.when_full,
     )
-    source = open_source(plan.folder, plan.index, plan.stored, where)
     loss_at = _losses(plan, subject, source, objective, workers)
-    observe = _observer(plan, subject, source, objective, out, report, workers, draw_prompts)
+    observe = _observer(plan, subject, networks, source, objective, out, report, workers, draw_prompts)
     trained = train(
-        subject.unets,
+        networks,
         loss_at,
         training,
         out / "checkpoints",
@@ -182,12 +181,8 @@ def finetune(
         observe=observe,
     )
     if workers.writes:
-        write_result(plan, dict(trained.state_dict()), out, out / "model")
+        write_result(config, plan.folder, dict(trained.state_dict()), out, out / "model")
     return out / "model"
-
-
-def _alpha(config: FinetuneConfig) -> float:
-    return float(config.lora or 0) if config.lora_alpha is None else config.lora_alpha
 
 
 def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, workers: Workers) -> Callable[[int], Mapping[str, Tensor]]:
@@ -258,6 +253,7 @@ def _of_one_bucket(numbers: Sequence[int], plan: Plan) -> Iterator[list[int]]:
 def _observer(
     plan: Plan,
     subject: Subject,
+    networks: nn.Module,
     source: Source,
     objective: Objective,
     out: Path,
@@ -273,12 +269,12 @@ def _observer(
         if not workers.writes or not due:
             return
         if plan.held_out:
-            now = {name: tensor.detach().clone() for name, tensor in subject.unets.state_dict().items() if name in weights}
-            subject.unets.load_state_dict(dict(weights), strict=False)
-            subject.unets.eval()
+            now = {name: tensor.detach().clone() for name, tensor in networks.state_dict().items() if name in weights}
+            networks.load_state_dict(dict(weights), strict=False)
+            networks.eval()
             losses = validation_loss(plan, subject, source, objective)
-            subject.unets.train()
-            subject.unets.load_state_dict(now, strict=False)
+            networks.train()
+            networks.load_state_dict(now, strict=False)
             folder.mkdir(exist_ok=True)
             path = folder / "validation.jsonl"
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] if path.exists() else []
@@ -288,48 +284,9 @@ def _observer(
             folder.mkdir(exist_ok=True)
             draft = folder / f".model-{os.getpid()}"
             try:
-                write_result(plan, {**subject.unets.state_dict(), **weights}, None, draft)
+                write_result(config, plan.folder, {**networks.state_dict(), **weights}, None, draft)
                 draw_prompts(draft, step)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
 
     return observe
-
-
-def write_result(plan: Plan, weights: Mapping[str, Tensor], lora_to: Path | None, target: Path) -> None:
-    """Write the model folder `target` with the trained weights; with LoRA they are added to the base's, and the pairs are written to `lora_to`."""
-    config, folder = plan.config, plan.folder
-    drafts: list[Draft] = []
-    for entry in folder.experts:
-        if config.expert not in (None, entry.name):
-            drafts.append(Draft(entry, Kept(folder.path / entry.subfolder)))
-            continue
-        prefix = f"{entry.name}."
-        state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        if config.lora is not None:
-            pairs = pairs_of(weights, entry.name)
-            if lora_to is not None:
-                name = LORA_FILE if len(folder.experts) == 1 else f"{entry.name}-{LORA_FILE}"
-                if config.format == "kohya":
-                    write_kohya(lora_to / name, pairs, _alpha(config))
-                else:
-                    write_diffusers(lora_to / name, pairs, config.lora, _alpha(config))
-            state = _merged(state, pairs, _alpha(config) / config.lora)
-        dtype = _stored_dtype(folder.path / entry.subfolder)
-        tensors = {name: tensor.detach().cpu().to(dtype) for name, tensor in state.items()}
-        drafts.append(Draft(entry, weights_for(folder.path / entry.subfolder, tensors)))
-    write_model(folder, drafts, target)
-
-
-def _merged(state: Mapping[str, Tensor], pairs: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> dict[str, Tensor]:
-    """The U-Net's own tensors out of those with adapters beside them, each pair added to its weight."""
-    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_A." not in name and ".lora_B." not in name}
-    for module, (down, up) in pairs.items():
-        plain[f"{module}.weight"] = plain[f"{module}.weight"] + scale * (up @ down)
-    return plain
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    from ..unet.deltas import read_expert
-
-    return next(stored.tensor.dtype for stored in read_expert(folder).values())

@@ -1,7 +1,8 @@
-"""LoRA by peft: adapters put into U-Nets, and written as files that diffusers and kohya's programs read."""
+"""LoRA by peft: adapters put into networks, and written as files that diffusers and kohya's programs read."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,52 +10,122 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..text_encoders.clip import CLIPText
+from ..text_encoders.t5 import T5Encoder
 from ..unet.lora import METADATA
+from ..unet.unet import UNet
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the linear layers of attention, as diffusers' training scripts adapt them
+# The linear layers of attention, as diffusers' and kohya's training scripts adapt them.
+_TARGETS: dict[type[nn.Module], tuple[str, ...]] = {
+    UNet: ("to_q", "to_k", "to_v", "to_out.0"),
+    CLIPText: ("q_proj", "k_proj", "v_proj", "out_proj"),
+    T5Encoder: ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
+}
 _ADAPTER = "default"
+# What sd-scripts calls text encoders: SD's only one; SDXL's two; CLIP and T5 as in its scripts for SD 3 and Flux.
+_KOHYA_TEXT = {
+    "sd": {"text_encoder": "lora_te"},
+    "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    "sdxl-refiner": {"text_encoder_2": "lora_te2"},
+    "clip-t5": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"},
+}
+_BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.|mid_block\.attentions\.0\.")
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+"""Module name -> (down, up): what is added to its weight is alpha/rank · up · down."""
 
 
-def add_adapters(unets: nn.ModuleDict, rank: int, alpha: float, seed: int) -> None:
-    """Freeze the U-Nets and put a low-rank pair beside each linear layer of their attention (Hu et al. 2021, arXiv 2106.09685): W + alpha/rank · B·A.
+def add_adapters(networks: Iterable[nn.Module], rank: int, alpha: float, seed: int) -> None:
+    """Freeze networks and put a low-rank pair beside each linear layer of their attention (Hu et al. 2021, arXiv 2106.09685): W + alpha/rank · B·A.
 
-    A is drawn with deviation 1/rank from `seed`, B is zero, so that nothing changes at first.
+    The join of CLIP and T5 gets one beside every linear layer. A is drawn with deviation 1/rank from `seed`, B is zero, so that nothing changes at
+    first.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS), init_lora_weights=False)  # pyright: ignore[reportArgumentType]
     generator = torch.Generator("cpu").manual_seed(seed)
-    for unet in unets.values():
-        unet.requires_grad_(False)
-        inject_adapter_in_model(config, unet, _ADAPTER)
-        for name, parameter in unet.named_parameters():
+    for network in networks:
+        every = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        targets = list(_TARGETS.get(type(network), every))
+        network.requires_grad_(False)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)  # pyright: ignore[reportArgumentType]
+        inject_adapter_in_model(config, network, _ADAPTER)
+        for name, parameter in network.named_parameters():
             if f".lora_A.{_ADAPTER}." in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
             elif f".lora_B.{_ADAPTER}." in name:
                 parameter.data.zero_()
 
 
-def pairs_of(weights: Mapping[str, Tensor], expert: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name -> (down, up) of one expert, from weights named as `add_adapters` leaves them in a ModuleDict."""
-    prefix, middle = f"{expert}.", f".lora_A.{_ADAPTER}.weight"
+def pairs_of(weights: Mapping[str, Tensor], network: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pairs of one network, from weights whose names are `network`, a dot, and what `add_adapters` makes of the module's name."""
+    prefix, middle = f"{network}.", f".lora_A.{_ADAPTER}.weight"
     downs = {name: tensor for name, tensor in weights.items() if name.startswith(prefix) and name.endswith(middle)}
     return {name.removeprefix(prefix).removesuffix(middle): (down, weights[name.replace(".lora_A.", ".lora_B.")]) for name, down in downs.items()}
 
 
-def write_diffusers(path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float) -> None:
-    """Write `pytorch_lora_weights.safetensors` for diffusers' `load_lora_weights`: peft's names, its settings in the header."""
-    tensors: dict[str, Tensor] = {}
+def with_pairs(state: Mapping[str, Tensor], pairs: Pairs, scale: float) -> dict[str, Tensor]:
+    """A network's own tensors out of those with adapters beside them, each pair added to its weight."""
+    plain = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_A." not in name and ".lora_B." not in name}
     for module, (down, up) in pairs.items():
-        tensors[f"unet.{module}.lora_A.weight"] = down.detach().cpu().contiguous()
-        tensors[f"unet.{module}.lora_B.weight"] = up.detach().cpu().contiguous()
-    settings = {"unet.r": rank, "unet.lora_alpha": alpha, "unet.target_modules": list(TARGETS)}
+        plain[f"{module}.weight"] = plain[f"{module}.weight"] + scale * (up @ down)
+    return plain
+
+
+def write_diffusers(path: Path, pairs: Mapping[str, Pairs], rank: int, alpha: float) -> None:
+    """Write a file for diffusers' `load_lora_weights`: peft's names after that of the component (`unet`, `text_encoder`), settings in the header.
+
+    Args:
+        path: of the file.
+        pairs: component -> its pairs.
+        rank: of all.
+        alpha: of all.
+    """
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, object] = {}
+    for component, own in pairs.items():
+        for module, (down, up) in own.items():
+            tensors[f"{component}.{module}.lora_A.weight"] = down.detach().cpu().contiguous()
+            tensors[f"{component}.{module}.lora_B.weight"] = up.detach().cpu().contiguous()
+        ends = sorted({module.rpartition(".")[2] if not module[-1].isdigit() else ".".join(module.split(".")[-2:]) for module in own})
+        settings |= {f"{component}.r": rank, f"{component}.lora_alpha": alpha, f"{component}.target_modules": ends}
     save_file(tensors, path, metadata={"format": "pt", METADATA: json.dumps(settings, sort_keys=True)})
 
 
-def write_kohya(path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], alpha: float) -> None:
-    """Write the layout of kohya's programs: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`, dots turned to underscores."""
+def write_kohya(path: Path, pairs: Mapping[str, Pairs], alpha: float, family: str, layers_per_block: int) -> None:
+    """Write the layout of kohya's programs: `<name>.lora_down.weight`, `.lora_up.weight` and `.alpha`, dots of a module's name turned to underscores.
+
+    The name begins with `lora_unet_`, or for text encoders `lora_te_` (SD), `lora_te1_` and `lora_te2_` (SDXL) or `lora_te3_` (T5). SDXL's U-Net has
+    the block names of the original network there, `input_blocks`, `middle_block` and `output_blocks`.
+
+    Args:
+        path: of the file.
+        pairs: component -> its pairs; the join of CLIP and T5 has no name there.
+        alpha: of all.
+        family: of the model.
+        layers_per_block: of the U-Net.
+    """
     tensors: dict[str, Tensor] = {}
-    for module, (down, up) in pairs.items():
-        name = "lora_unet_" + module.replace(".", "_")
-        tensors[f"{name}.lora_down.weight"] = down.detach().cpu().contiguous()
-        tensors[f"{name}.lora_up.weight"] = up.detach().cpu().contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    for component, own in pairs.items():
+        prefix = "lora_unet" if component == "unet" else _KOHYA_TEXT[family][component]
+        for module, (down, up) in own.items():
+            named = ldm_name(module, layers_per_block) if component == "unet" and family.startswith("sdxl") else module
+            name = f"{prefix}_{named.replace('.', '_')}"
+            tensors[f"{name}.lora_down.weight"] = down.detach().cpu().contiguous()
+            tensors[f"{name}.lora_up.weight"] = up.detach().cpu().contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def ldm_name(module: str, layers_per_block: int) -> str:
+    """The name of a module inside a transformer of the U-Net as the original implementation (Rombach et al. 2022) has it.
+
+    There every residual block, with the transformer (number 1) after it, is an entry of one list, and so is every change of resolution on the way
+    down; entry 0 is `conv_in`. On the way up each level has one residual block more, and the change of resolution lies in the last of them.
+    """
+    match = _BLOCK.match(module)
+    if match is None:
+        raise ValueError(f"{module} is not inside a transformer of the U-Net")
+    rest = module[match.end() :]
+    if match[1] is None:
+        return f"middle_block.1.{rest}"
+    entry = int(match[2]) * (layers_per_block + 1) + int(match[3])
+    return f"input_blocks.{entry + 1}.1.{rest}" if match[1] == "down_blocks" else f"output_blocks.{entry}.1.{rest}"

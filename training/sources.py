@@ -4,11 +4,11 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..pipeline.folder import ModelFolder
@@ -21,7 +21,7 @@ from .objective import Draw
 from .shards import ShardIndex
 
 Features = Mapping[str, Tensor]
-"""What frozen text encoders say about a batch of captions, by name, each (batch, ...); see `text_features`."""
+"""What text encoders say about a batch of captions, by name, each (batch, ...); see `text_features`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,11 @@ class Batch:
 
 class Source(Protocol):
     """Gives samples by number, in two steps: what threads may do ahead, and what is done for a whole batch when its turn has come."""
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """The text encoders and the conditioner that its conditionings go through, by component; gradients reach those that ask for them."""
+        ...
 
     def read(self, number: int, size: tuple[int, int], cut: torch.Generator | None) -> Any:
         """Read one sample for a bucket of `size` (width, height); a picture is cut with the generator, or in the middle without one.
@@ -62,14 +67,15 @@ class Join:
         factor: pixels to a latent position.
         conditioner: joins CLIP and T5 and drops either by itself; None for the other families.
         empty: for the other families the features of a dropped caption, of one row: those of "", or zeros where the model has it so.
+        zero: whether they are zeros.
     """
 
     family: str
     factor: int
     conditioner: Conditioner | None
     empty: Features
+    zero: bool
 
-    @torch.no_grad()
     def __call__(self, features: Features, sizes: Tensor, latents: Tensor, drawn: Draw) -> Conditioning:
         """The conditioning of a batch.
 
@@ -103,12 +109,12 @@ class Join:
 def make_join(folder: ModelFolder, conditioner: Conditioner | None, empty: Features) -> Join:
     """The join of a model; `empty` are the features of one "", which SDXL's zero_negative turns to zeros."""
     zero = folder.zero_negative and folder.family.startswith("sdxl")
-    return Join(folder.family, folder.factor, conditioner, {name: torch.zeros_like(tensor) if zero else tensor for name, tensor in empty.items()})
+    features = {name: torch.zeros_like(tensor) if zero else tensor for name, tensor in empty.items()}
+    return Join(folder.family, folder.factor, conditioner, features, zero)
 
 
-@torch.no_grad()
 def text_features(parts: TextParts, captions: Sequence[str]) -> dict[str, Tensor]:
-    """Run the frozen text encoders, up to what is dropped or trained; one row a caption.
+    """Run the text encoders, up to what is dropped or joined; one row a caption.
 
     Returns:
         SD: tokens (batch, n, width) after the final norm. SDXL and its refiner: tokens of the penultimate layers and pooled (batch, width). CLIP
@@ -134,6 +140,14 @@ class PictureSource:
     join: Join
     device: torch.device
 
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """See `Source`."""
+        if isinstance(self.parts, ClipT5Part):
+            return {"text_encoder": self.parts.clip.model, "text_encoder_2": self.parts.t5.model, "conditioner": self.parts.conditioner}
+        towers = (self.parts, None) if isinstance(self.parts, ClipPart) else self.parts
+        return {name: tower.model for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True) if tower is not None}
+
     def read(self, number: int, size: tuple[int, int], cut: torch.Generator | None) -> tuple[Fitted, str]:
         """See `Source`."""
         return fit(self.index.picture(number), size, cut), self.index.samples[number].caption
@@ -143,7 +157,14 @@ class PictureSource:
         fitted, captions = [one for one, _ in rows], [caption for _, caption in rows]
         latents = self.codec.encode(torch.stack([one.pixels for one in fitted]).to(self.device), posteriors).latents
         sizes = torch.tensor([[*one.original, *one.corner] for one in fitted])
-        return Batch(latents, lambda drawn: self.join(text_features(self.parts, captions), sizes, latents, drawn))
+        return Batch(latents, lambda drawn: self._join()(text_features(self.parts, captions), sizes, latents, drawn))
+
+    def _join(self) -> Join:
+        """The join, with what stands for a dropped caption as the encoders say it now, in case they are trained."""
+        trained = any(parameter.requires_grad for network in self.networks.values() for parameter in network.parameters())
+        if not trained or self.join.zero or self.join.conditioner is not None:
+            return self.join
+        return replace(self.join, empty=text_features(self.parts, [""]))
 
 
 def picture_source(folder: ModelFolder, index: ShardIndex, codec: LatentCodec, parts: TextParts, device: torch.device) -> PictureSource:

@@ -1,6 +1,6 @@
-"""What is trained: the experts of a model folder, in float32."""
+"""What is trained: the experts of a model folder, in float32, and the text encoders with them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,11 @@ from ..unet.config import UNetConfig
 from ..unet.deltas import read_expert
 from ..unet.experts import ExpertEntry
 from ..unet.unet import UNet
+from .config import FinetuneConfig
 from .expert_files import verified
+from .lora import add_adapters
 from .objective import Draw, Predict
+from .result import alpha_of
 
 MARGIN = 50  # timesteps beyond its borders that a single expert is trained on: hard disjoint ranges are fragile (MEME, arXiv 2306.04990)
 
@@ -62,6 +65,33 @@ def load_subject(folder: ModelFolder, expert: str | None, device: torch.device) 
         owned[expert] = (max(0, first - MARGIN), min(last, end + MARGIN))
     unets = nn.ModuleDict({entry.name: _trainable(folder, entry) for entry in entries}).to(device)
     return Subject(folder, unets, owned, device)
+
+
+def trained_networks(subject: Subject, readers: Mapping[str, nn.Module], config: FinetuneConfig) -> nn.ModuleDict:
+    """The networks of a run as one module: `unets.<expert>`, and `text.<component>` for trained ones. Puts adapters in and freezes the rest.
+
+    Args:
+        subject: the experts.
+        readers: `Source.networks`.
+        config: says what is trained, and how.
+
+    Raises:
+        UsageError: a part is to be trained that the samples do not go through.
+    """
+    parts = config.train.split(",")
+    texts = {name: network for name, network in readers.items() if ("conditioner" if name == "conditioner" else "text-encoders") in parts}
+    if "text-encoders" in parts and "text_encoder" not in readers and "text_encoder_2" not in readers:
+        raise UsageError("--train text-encoders needs captions, and these shards hold what the encoders said already; give the shards of pictures.")
+    adapted = [*(subject.unets.values() if "unet" in parts else ()), *texts.values()]
+    subject.unets.requires_grad_("unet" in parts)
+    if config.lora is not None:
+        add_adapters(adapted, config.lora, alpha_of(config), config.seed)
+    else:
+        for network in texts.values():
+            for parameter in network.parameters():
+                parameter.data = parameter.data.clone()  # loaded weights are the file's memory
+                parameter.requires_grad_()
+    return nn.ModuleDict({"unets": subject.unets, "text": nn.ModuleDict(texts)})
 
 
 def _timesteps(folder: ModelFolder, entry: ExpertEntry) -> tuple[int, int]:

@@ -19,10 +19,11 @@ from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.training.batches import fit
 from tu_diffuse.training.config import FinetuneConfig, make_config
 from tu_diffuse.training.encoded import open_source
-from tu_diffuse.training.finetune import LORA_FILE, Plan, finetune, make_plan
+from tu_diffuse.training.finetune import Plan, finetune, make_plan
 from tu_diffuse.training.loop import InterruptedRunError, Logged
 from tu_diffuse.training.memory import recompute_activations
 from tu_diffuse.training.objective import Objective, denoising_loss, draw
+from tu_diffuse.training.result import LORA_FILE
 from tu_diffuse.training.shards import ShardIndex, index_shards
 from tu_diffuse.training.subject import load_subject, predictor
 from tu_diffuse.training.train_config import TrainConfig

@@ -1,0 +1,69 @@
+"""What a fine-tuning run leaves: a model folder, and LoRA files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..pipeline.folder import ModelFolder
+from ..unet.deltas import read_expert
+from .config import FinetuneConfig
+from .expert_files import Draft, Kept, weights_for, write_model
+from .lora import Pairs, pairs_of, with_pairs, write_diffusers, write_kohya
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def alpha_of(config: FinetuneConfig) -> float:
+    """The scale of the adapters times their rank."""
+    return float(config.lora or 0) if config.lora_alpha is None else config.lora_alpha
+
+
+def write_result(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[str, Tensor], lora_to: Path | None, target: Path) -> None:
+    """Write the model folder `target` with the trained weights; with LoRA they are added to the model's own.
+
+    Args:
+        config: of the run.
+        folder: the model that was trained.
+        weights: all tensors of the networks as `subject.trained_networks` names them, those of adapters included.
+        lora_to: where the LoRA's files are written: one, or in an ensemble one for each expert and one for each text encoder. None writes none.
+        target: the new folder.
+    """
+    pairs = {name: pairs_of(weights, name) for name in dict.fromkeys(".".join(name.split(".")[:2]) for name in weights)}
+    states = {name: _own(config, weights, name, own) for name, own in pairs.items()}
+    drafts: list[Draft] = []
+    for entry in folder.experts:
+        own = folder.path / entry.subfolder
+        state = states.get(f"unets.{entry.name}")
+        if state is None or "unet" not in config.train.split(","):
+            drafts.append(Draft(entry, Kept(own)))
+        else:
+            dtype = next(stored.tensor.dtype for stored in read_expert(own).values())
+            drafts.append(Draft(entry, weights_for(own, {name: tensor.detach().cpu().to(dtype) for name, tensor in state.items()})))
+    texts = {name.removeprefix("text."): state for name, state in states.items() if name.startswith("text.")}
+    write_model(folder, drafts, target, replaced=texts)
+    if lora_to is not None and config.lora is not None:
+        for name, content in _lora_files(folder, {name: own for name, own in pairs.items() if own}).items():
+            if config.format == "kohya":
+                write_kohya(lora_to / name, content, alpha_of(config), folder.family, _layers_per_block(folder))
+            else:
+                write_diffusers(lora_to / name, content, config.lora, alpha_of(config))
+
+
+def _own(config: FinetuneConfig, weights: Mapping[str, Tensor], network: str, pairs: Pairs) -> dict[str, Tensor]:
+    prefix = f"{network}."
+    state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return state if config.lora is None else with_pairs(state, pairs, alpha_of(config) / config.lora)
+
+
+def _lora_files(folder: ModelFolder, pairs: Mapping[str, Pairs]) -> dict[str, dict[str, Pairs]]:
+    """File name -> component -> pairs. One file of everything is what diffusers loads; of an ensemble each network has its own."""
+    named = {name: (kind, rest) for name in pairs for kind, _, rest in [name.partition(".")]}
+    content = {name: ("unet" if kind == "unets" else rest, pairs[name]) for name, (kind, rest) in named.items()}
+    if len(folder.experts) == 1:
+        return {LORA_FILE: dict(content.values())}
+    return {f"{rest}-{LORA_FILE}": dict([content[name]]) for name, (_, rest) in named.items()}
+
+
+def _layers_per_block(folder: ModelFolder) -> int:
+    return int(folder.configs[folder.experts[0].subfolder].get("layers_per_block", 2))
