@@ -102,9 +102,9 @@ def finetune(
 
       accelerate launch --num-processes 2 -m tu_diffuse finetune --config run.toml --out tuned
 
-    With --json each line has an event: plan (samples, skipped, filtered, options), step (step, steps, scalars, images_per_second, seconds_left),
-    note (text), done (model). The scalars are those of OUT/checkpoints/losses.jsonl: loss, loss/t0-99 and so on (plain squared error by noise
-    level), loss/expert/NAME, grad_norm, means since the last line, and lr.
+    With --json each line has an event: plan (model, samples, held_out, encoding, steps, skipped, filtered, options), step (step, steps, scalars,
+    images_per_second, seconds_left), note (text), done (model). The scalars are those of OUT/checkpoints/losses.jsonl: loss, loss/t0-99 and so on
+    (plain squared error by noise level), loss/expert/NAME, grad_norm, means since the last line, and lr.
     """
     del debug  # read in main.py
     given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
@@ -194,12 +194,16 @@ class _Reporter:
         """Say what will be done; `filtered` are the samples that each filter dropped."""
         if self._json:
             options = dataclasses.asdict(plan.config)
-            facts = {"model": plan.folder.name, "samples": len(plan.trained), "held_out": len(plan.held_out), "steps": plan.config.steps}
-            self._print({"event": "plan", **facts, "skipped": dict(plan.index.skipped), "filtered": dict(filtered), "options": options})
+            encoding = None if plan.stored is None else plan.stored.encoding.key
+            facts = {"model": plan.folder.name, "samples": len(plan.trained), "held_out": len(plan.held_out), "encoding": encoding}
+            left_out = {"skipped": dict(plan.index.skipped), "filtered": dict(filtered)}
+            self._print({"event": "plan", **facts, "steps": plan.config.steps, **left_out, "options": options})
             return
         epochs = plan.config.steps * plan.config.batch_size * plan.config.accumulate / len(plan.trained)
         samples = f"{len(plan.trained)} samples ({len(plan.held_out)} held out)"
         self.say(f"{samples}, {plan.config.steps} steps, {epochs:.1f} epochs, model {plan.folder.name}")
+        if plan.stored is not None:
+            self.say("the shards are encoded: neither the VAE nor a text encoder is loaded")
         for reason, count in filtered.items():
             self.say(f"{count} samples are filtered out by {reason}")
         for note in plan.index.notes:

@@ -81,9 +81,9 @@ def run(arguments: Sequence[str]) -> int:
     except TuDiffuseError as error:
         return _fail(str(error), error.exit_code, arguments)
     except KeyboardInterrupt:
-        return _fail("interrupted; pictures that were finished are kept.", 130, arguments)
+        return _fail("interrupted; what was finished is kept.", 130, arguments)
     except _Terminated:
-        return _fail("terminated; pictures that were finished are kept.", 143, arguments)
+        return _fail("terminated; what was finished is kept.", 143, arguments)
     except MemoryError:
         return _fail("there is not enough memory; ask for smaller pictures, or a smaller --count.", 1, arguments)
     except BrokenPipeError:

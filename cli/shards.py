@@ -328,11 +328,11 @@ def encode(
     if not kept:
         raise DataError(f"None of the {len(reasons)} samples passes the filters; see what each drops with tu-diffuse shards stats.")
     started = time.monotonic()
-    with progress("encoding", len(index.shards)) as say:
-        for done in encode_shards(index, reasons, encoder, out, batch_size=batch_size, threads=workers):
+    with progress("encoding sample", kept) as say:
+        for done in encode_shards(index, reasons, encoder, out, batch_size=batch_size, threads=workers, progress=lambda count: say("", count)):
             line = asdict(done) | {"kind": "shard", "path": str(done.path), "source": shard_name(done.source)}
             print(json.dumps(line) if as_json else printable(str(done.path)), flush=True)
-            say(f"{done.path}: {done.kept} samples{', was there' if done.was_there else ''}")
+            say(f"{done.path}: {done.kept} samples{', was there' if done.was_there else ''}", done.kept if done.was_there else 0)
     seconds = round(time.monotonic() - started, 1)
     account = _account(index) | {"dropped": len(reasons) - kept, "kept": kept, "encoding": encoder.encoding.key, "seconds": seconds}
     _print_summary(account, as_json)

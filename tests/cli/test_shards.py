@@ -158,8 +158,11 @@ def test_encode_and_train_on_it(folder: Path, ensemble_folder: Path, tmp_path: P
     }
     assert (second["kept"], second["dropped"]) == (2, {"unsafe": 8})
     assert (summary["kind"], summary["kept"], summary["dropped"], len(summary["encoding"])) == ("summary", 11, 9, 64)
-    assert run(arguments) == 0
-    assert [line["was_there"] for line in lines(capsys)[:2]] == [True, True]
+    assert run(arguments[:-1]) == 0
+    said, err = capsys.readouterr()
+    assert f"encoding sample 9/11 {out}/00000.tar: 9 samples, was there" in err
+    assert f"encoding sample 11/11 {out}/00001.tar: 2 samples, was there" in err
+    assert said.splitlines()[:2] == [f"{out}/00000.tar", f"{out}/00001.tar"]
     assert run(["shards", "check", f"{out}/*.tar", "--json"]) == 0
     assert lines(capsys)[-1] | {"notes": []} == {
         "kind": "summary",
@@ -177,7 +180,7 @@ def test_encode_and_train_on_it(folder: Path, ensemble_folder: Path, tmp_path: P
     train = ["finetune", *model, "--shards", f"{out}/*.tar", "--out", str(tmp_path / "run"), "--steps", "2", "--json"]
     assert run(train) == 0
     plan, *_, done = lines(capsys)
-    assert (plan["samples"], done["model"]) == (11, str(tmp_path / "run" / "model"))
+    assert (plan["samples"], plan["encoding"], done["model"]) == (11, summary["encoding"], str(tmp_path / "run" / "model"))
     assert run([*train, "--resolution", "64"]) == 2
     assert "they have resolution 32 instead of 64" in capsys.readouterr().err
     assert run([*train, "--shards", f"{folder}/00000.tar"]) == 2

@@ -1,5 +1,6 @@
 """Encoded shards: the same losses as from pictures, nothing else in memory, the same bytes for any number of threads, and what is refused."""
 
+import errno
 import gc
 import io
 import json
@@ -305,6 +306,24 @@ def test_run_again_keeps_what_is_done(ensemble: ModelFolder, raw: ShardIndex, tm
         one, other = unpack(again.features(i)), unpack(whole.features(i))
         assert all(torch.allclose(tensor, other[name], atol=1e-5) for name, tensor in one.items())
         assert again.metadata(i) == raw.metadata(i)
+
+
+def test_a_full_disk_leaves_no_half_shard(ensemble: ModelFolder, raw: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullFile(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            if b"00012.encoded.safetensors" in data:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    def opening(self: Path, mode: str = "r", **options: Any) -> Any:
+        return FullFile(io.FileIO(self, mode.replace("b", ""))) if mode == "xb" else open(self, mode, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", opening)
+        with pytest.raises(OutputError, match="No space left on device"):
+            encode(ensemble, raw, tmp_path, batch_size=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "0_stats.json"]
+    assert [shard.was_there for shard in encode(ensemble, raw, tmp_path, batch_size=2)] == [True, False]
 
 
 def test_what_is_there_and_made_otherwise_is_refused(ensemble: ModelFolder, sd1_folder: Path, raw: ShardIndex, tmp_path: Path) -> None:
