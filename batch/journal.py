@@ -5,7 +5,7 @@ A picture is done when its file and its line are there. A line that a power cut 
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,7 +50,8 @@ def read_journal(folder: Path) -> dict[str, Entry]:
         for line in (folder / JOURNAL_FILE).read_bytes().splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 values: dict[str, Any] = json.loads(line)
-                entry = Entry(**{**values, "fallbacks": tuple(values.get("fallbacks", ()))})
+                values["fallbacks"] = tuple(values.get("fallbacks", ()))
+                entry = Entry(**values)
                 entries[entry.key] = entry
     return entries
 
@@ -81,7 +82,7 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 @contextmanager
-def only_run(folder: Path, part: tuple[int, int]) -> Iterator[None]:
+def only_run(folder: Path, part: tuple[int, int]) -> Generator[None]:
     """Hold the folder for this process: alone, or one of several parts of which each is held once. A killed process holds nothing.
 
     Args:

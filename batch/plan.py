@@ -142,6 +142,8 @@ def _stored(item: Item) -> dict[str, Any]:
 
 
 def _item(stored: dict[str, Any]) -> Item:
-    values = {field.name: stored["request"][field.name] for field in fields(Request)}
-    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return Item(stored["key"], int(stored["line"]), Request(**{**values, **tuples}), stored["template"], stored["format"])
+    values: dict[str, Any] = {}
+    for field in fields(Request):
+        value = stored["request"][field.name]
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return Item(stored["key"], int(stored["line"]), Request(**values), stored["template"], stored["format"])

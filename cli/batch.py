@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..batch.journal import Entry
     from ..batch.lines import Problem
     from ..batch.plan import Plan
-    from ..batch.prompt_file import PromptFile
+    from ..batch.prompt_file import Kind, PromptFile
     from ..batch.run import Summary
 
 WINDOW_SHARE = 4  # of the memory, that drafts may take where the model does not fit
@@ -159,15 +159,15 @@ def batch(
 def _read(path: Path, kind: str | None) -> "PromptFile":
     from ..batch.prompt_file import KINDS, kind_of, read_prompts, sniff
 
-    known = {name: name for name in KINDS}
-    if kind is not None and kind not in known:
+    kinds: dict[str, Kind] = {name: name for name in KINDS}
+    if kind is not None and kind not in kinds:
         raise UsageError(f"--kind {kind!r} is not known; use one of {', '.join(KINDS)}.")
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise UsageError(f"prompt file {path.name!r} cannot be read ({error.strerror}); name one that exists.") from None
     if kind is not None:
-        return read_prompts(data, known[kind])
+        return read_prompts(data, kinds[kind])
     return read_prompts(data, sniff(data) if str(path) == "-" else kind_of(path.name))
 
 
