@@ -65,6 +65,7 @@ def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tel
         mine = [i for i, (_, draft) in enumerate(window) if draft.next_expert(studio.table(draft.schedule)) == name]
         for i in mine:
             if i == mine[-1] and below is not None:
+                studio.experts().get(name)  # it must be there, or fetching the next one would cost its place
                 studio.experts().prefetch(below)
             batch, draft = window[i]
             draft = advance(studio, draft, tell)
