@@ -103,7 +103,7 @@ def batch(
     if schema:
         print(json.dumps(json_schema(), indent=2))
         return
-    given = {option: value for option, value in locals().items() if option in _LINE_OPTIONS and value not in (None, False)}
+    given = {option: value for option, value in locals().items() if option in _LINE_OPTIONS and value is not None and value is not False}
     if prompts is None:
         raise UsageError("the prompt file is missing; name one that ends in .txt, .jsonl, .csv or .tsv, or - for standard input.")
     if out is None:
@@ -245,8 +245,8 @@ class _Reporter:
 
     def summary(self, summary: "Summary") -> None:
         """Say what the run came to."""
-        text = f"{summary.done} of {summary.asked} done, {summary.failed} failed, {summary.blocked} bad lines, {summary.skipped} left"
-        self._event("summary", asdict(summary), f"{text}; {summary.drawn} drawn in {summary.seconds:.1f} s")
+        text = f"{summary.asked} asked: {summary.done} done, {summary.failed} failed, {summary.blocked} blocked as bad lines, {summary.skipped} left"
+        self._event("summary", asdict(summary), f"{text}; {summary.drawn} drawn now, in {summary.seconds:.1f} s")
 
     def _numbers(self) -> dict[str, float]:
         speed = self._drawn / (time.monotonic() - self._started)
