@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ..errors import DataError
 from .folder import ModelFolder
@@ -57,18 +58,31 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
         raise DataError(f"the picture's settings lack or garble an entry ({error}); they were changed after it was made.") from None
 
 
-def redraw(model: Model, request: Request, index: int, path: Path) -> Difference:
-    """Draw one picture of a request again and compare it with the file at `path`, in the file's own format.
+def redraw(model: Model, request: Request, index: int) -> Picture:
+    """Draw one picture of a request again.
 
     Args:
         model: the one it was made with.
         request: its whole batch: exactly equal pixels are promised for an equal batch.
         index: its place in the batch.
-        path: the picture file.
 
     Raises:
-        DataError: the file is of another size than its settings say.
         RenderError: the picture could not be made.
+    """
+    pictures = [event for event in text_to_image(model, request) if isinstance(event, Picture)]
+    return next(picture for picture in pictures if picture.index == index)
+
+
+def compare(path: Path, pixels: Tensor, settings: Mapping[str, Any]) -> Difference:
+    """Compare a picture file with what was drawn again, in the file's own format.
+
+    Args:
+        path: the picture file.
+        pixels: (height, width, 3) uint8.
+        settings: of the new picture.
+
+    Raises:
+        DataError: the file is damaged, or of another size than its settings say.
     """
     try:
         with open_picture(path) as old:
@@ -76,9 +90,7 @@ def redraw(model: Model, request: Request, index: int, path: Path) -> Difference
             before = np.asarray(old.convert("RGB"), dtype=np.int16)
     except OSError as error:
         raise DataError(f"{path.name} is damaged ({error}); fetch it again.") from None
-    pictures = [event for event in text_to_image(model, request) if isinstance(event, Picture)]
-    new = next(picture for picture in pictures if picture.index == index)
-    with Image.open(BytesIO(encode_picture(to_image(new.pixels), new.settings, picture_format))) as encoded:
+    with Image.open(BytesIO(encode_picture(to_image(pixels), settings, picture_format))) as encoded:
         after = np.asarray(encoded.convert("RGB"), dtype=np.int16)
     if before.shape != after.shape:
         raise DataError(

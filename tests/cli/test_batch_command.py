@@ -247,6 +247,19 @@ def test_one_lost_picture_is_told_and_tried_again(batch: Batch, tmp_path: Path, 
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_replay_finds_the_company(batch: Batch, tmp_path: Path, ensemble_folder: Path, capsys: pytest.CaptureFixture[str]):
+    _, events = batch("a\nb --l 1\nc --n d\n", "--sampler", "euler_a")
+    path = next(event["path"] for event in events if event["event"] == "picture" and event["line"] == 2)
+
+    def replayed(path: str) -> dict[str, Any]:
+        assert run(["replay", path, "--model", str(ensemble_folder), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert replayed(path)["equal"]
+    (tmp_path / "out" / "plan.json").unlink()
+    assert replayed(path)["largest_difference"] <= 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code"),
     [

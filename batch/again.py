@@ -1,0 +1,38 @@
+"""Drawing one picture of a folder again, in the company that it was drawn in."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, RenderError
+from ..pipeline.folder import ModelFolder
+from ..pipeline.loading import Place
+from .drafts import Drawn
+from .engine import render
+from .items import Item
+from .plan import load_plan
+from .studio import Studio
+
+
+def company_of(picture: Path, settings: Mapping[str, Any]) -> list[Item] | None:
+    """The items of the batch that a picture was drawn in, from the plan beside it; None when there is no such plan."""
+    with suppress(DataError, KeyError):
+        for batch in load_plan(picture.parent, settings["model"]["hash"]).batches:
+            if any(planned.item.key == settings["item"] for planned in batch):
+                return [planned.item for planned in batch]
+    return None
+
+
+def draw_again(folder: ModelFolder, place: Place, items: Sequence[Item], key: str) -> Drawn:
+    """Draw a batch and give the picture of the item `key`.
+
+    Raises:
+        RenderError: it could not be made.
+    """
+    for result in render(Studio(folder, place, roomy=True), [items], 0, Path(), lambda _: None):
+        if result.item.key == key:
+            if isinstance(result, Drawn):
+                return result
+            raise RenderError(result.error)
+    raise AssertionError("the items hold the key")
