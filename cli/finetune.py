@@ -20,7 +20,7 @@ from .shard_options import AestheticVersion, Aspect, Language, MaxUnsafe, MaxWat
 
 if TYPE_CHECKING:
     from ..training.finetune import Plan
-    from ..training.loop import Logged
+    from ..training.tracking import Event
 
 _NOT_OPTIONS = ("out", "config", "model", "dry_run", "device", "as_json", "debug")
 
@@ -54,6 +54,9 @@ def finetune(
     buckets: Annotated[bool | None, typer.Option("--buckets", help="Keep aspect ratios: batches of equal shape instead of square cuts.")] = None,
     min_snr: Annotated[float | None, typer.Option(help="Gamma of the Min-SNR weights, usually 5. [default: none]")] = None,
     noise_offset: Annotated[float | None, typer.Option(help="Noise shared by a whole channel. [default: 0]")] = None,
+    zero_terminal_snr: Annotated[
+        bool | None, typer.Option("--zero-terminal-snr", help="End the noise schedule in pure noise; the result records it. Not for epsilon models.")
+    ] = None,
     caption_dropout: Annotated[float | None, typer.Option(help="Chance that a sample loses its caption. [default: 0.1]")] = None,
     clip_dropout: Annotated[float | None, typer.Option(help="Chance that it loses CLIP's text only. [default: 0]")] = None,
     t5_dropout: Annotated[float | None, typer.Option(help="Chance that it loses T5's text only. [default: 0]")] = None,
@@ -81,6 +84,10 @@ def finetune(
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations. [default: at the end only]")] = None,
     validation_share: Annotated[float | None, typer.Option(help="Share of the samples held out for the validation loss. [default: 0]")] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Drawn at each validation with the whole model; may be repeated.")] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Tell tensorboard (OUT/tensorboard), wandb, ... of progress; may be repeated.")
+    ] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Refuse to begin: go on from a checkpoint that is there.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of PyTorch. [default: its own choice]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with time and memory from two steps, and stop.")] = False,
     device: Device = "auto",
@@ -103,8 +110,9 @@ def finetune(
       accelerate launch --num-processes 2 -m tu_diffuse finetune --config run.toml --out tuned
 
     With --json each line has an event: plan (model, samples, held_out, encoding, steps, skipped, filtered, options), step (step, steps, scalars,
-    images_per_second, seconds_left), note (text), done (model). The scalars are those of OUT/checkpoints/losses.jsonl: loss, loss/t0-99 and so on
-    (plain squared error by noise level), loss/expert/NAME, grad_norm, means since the last line, and lr.
+    images_per_second, seconds_left), validation (step, losses, pictures by prompt), note (text), done (model). The scalars are those of
+    OUT/checkpoints/losses.jsonl: loss, loss/t0-99 and so on (plain squared error by noise level), loss/expert/NAME and grad_norm, means since the
+    last line, and lr.
     """
     del debug  # read in main.py
     given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
@@ -124,10 +132,12 @@ def finetune(
     from ..training.optimizers import check_optimizer
     from ..training.shard_specs import expand
     from ..training.shards import index_shards
+    from ..training.tracking import check_trackers
     from ..training.workers import join_workers
 
     options = make_config({**({} if config is None else read_toml(config)), **{name: value for name, value in given.items() if value is not None}})
     check_optimizer(options.optimizer)
+    check_trackers(options.track)
     folder, place = open_folder(model), choose_device(device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -167,9 +177,16 @@ class _Reporter:
     def __init__(self, as_json: bool, images_a_step: int, speaks: bool) -> None:
         self._json, self._images, self._speaks = as_json, images_a_step, speaks
 
-    def __call__(self, event: "Logged | str") -> None:
+    def __call__(self, event: "Event") -> None:
+        from ..training.tracking import Validated
+
         if isinstance(event, str):
             self.say(event)
+            return
+        if isinstance(event, Validated):
+            pictures = {prompt: str(path) for prompt, path in event.pictures.items()}
+            told = {"event": "validation", "step": event.step, "losses": event.losses, "pictures": pictures}
+            self._print(told) if self._json else self.say(str(event))
             return
         speed, left = self._images / event.seconds_a_step, (event.steps - event.step) * event.seconds_a_step
         if self._json:
@@ -249,6 +266,7 @@ def _drawer(plan: "Plan", out: Path, device: Any) -> Any:
     from ..pipeline.previews import to_image
     from ..pipeline.request import resolve
     from ..pipeline.text_to_image import Picture, text_to_image
+    from ..training.run_report import picture_name
 
     def draw(folder: Path, step: int) -> None:
         model = load_model(open_folder(folder), device=str(device))
@@ -256,7 +274,7 @@ def _drawer(plan: "Plan", out: Path, device: Any) -> Any:
             for event in text_to_image(model, resolve(model.folder, prompt, [number])):
                 if isinstance(event, Picture):
                     data = encode_picture(to_image(event.pixels), event.settings, "png")
-                    (out / "validation" / f"step{step:06d}-{number}.png").write_bytes(data)
+                    (out / "validation" / picture_name(step, number)).write_bytes(data)
 
     return draw
 
@@ -270,9 +288,9 @@ def _measured(plan: "Plan", out: Path, device: Any) -> str:
     from ..training.loop import Logged
 
     del out
-    two = dataclasses.replace(
-        plan, config=dataclasses.replace(plan.config, steps=2, warmup=0, cooldown=None, lr_schedule=None, validation_share=0.0, prompts=())
-    )
+    idle: dict[str, Any] = {"validation_share": 0.0, "prompts": (), "track": (), "resume": False}
+    short = dataclasses.replace(plan.config, steps=2, warmup=0, cooldown=None, lr_schedule=None, **idle)
+    two = dataclasses.replace(plan, config=short)
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         run(two, Path(folder) / "run", lambda event: seconds.append(event.seconds_a_step) if isinstance(event, Logged) else None, device=device)

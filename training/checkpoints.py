@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import DataError
 from .staging import sync
 
 _PARTS = ("model", "average", "optimizer")
@@ -63,15 +64,22 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
 
 
 def load_newest(folder: Path, report: Callable[[str], None] | None = None) -> Checkpoint | None:
-    """The newest checkpoint below `folder` whose files match their manifest, or None; `report` is told of each torn one that is passed over."""
-    for candidate in sorted(folder.glob("checkpoint-*"), reverse=True):
+    """The newest checkpoint below `folder` whose files match their manifest, or None without any; `report` is told of each torn one passed over.
+
+    Raises:
+        DataError: there are checkpoints, and all are torn.
+    """
+    candidates = sorted(folder.glob("checkpoint-*"), reverse=True)
+    for candidate in candidates:
         if _is_whole(candidate):
             state = json.loads((candidate / "state.json").read_text())
             model, average, optimizer = (load_file(candidate / f"{part}.safetensors") for part in _PARTS)
             tally = {name: (total, count) for name, (total, count) in state.get("tally", {}).items()}
             return Checkpoint(state["step"], model, average, optimizer, state.get("numbers", {}), state.get("scaler", {}), state["config"], tally)
         if report is not None:
-            report(f"{candidate.name} is damaged and passed over")
+            report(f"{candidate.name} is damaged and passed over for the one before it")
+    if candidates:
+        raise DataError(f"none of the {len(candidates)} checkpoints in {folder.name!r} is whole; give the run another folder to begin anew.")
     return None
 
 

@@ -37,6 +37,7 @@ class FinetuneConfig:
         buckets: sort pictures by aspect ratio instead of cutting squares.
         min_snr: γ of the Min-SNR weights.
         noise_offset: see `objective.Objective`.
+        zero_terminal_snr: train on the schedule of `terminal_snr.with_zero_terminal_snr`, which the result records.
         caption_dropout: chance that a sample loses all text.
         clip_dropout: chance that it loses CLIP's.
         t5_dropout: chance that it loses T5's.
@@ -53,6 +54,8 @@ class FinetuneConfig:
         validate_every: steps between validations; None validates at the end only.
         validation_share: share of the samples that is held out for the validation loss.
         prompts: drawn with the whole ensemble at each validation.
+        track: accelerate's trackers that are told of progress.
+        resume: refuse to begin a run that has no checkpoint.
         threads: of PyTorch; None leaves its choice.
     """
 
@@ -75,6 +78,7 @@ class FinetuneConfig:
     buckets: bool = False
     min_snr: float | None = None
     noise_offset: float = 0.0
+    zero_terminal_snr: bool = False
     caption_dropout: float = 0.1
     clip_dropout: float = 0.0
     t5_dropout: float = 0.0
@@ -100,6 +104,8 @@ class FinetuneConfig:
     validate_every: int | None = None
     validation_share: float = 0.0
     prompts: tuple[str, ...] = ()
+    track: tuple[str, ...] = ()
+    resume: bool = False
     threads: int | None = None
 
     @property
@@ -204,6 +210,8 @@ def _check(config: FinetuneConfig) -> None:
         raise UsageError("--lr-schedule constant never falls, so --cooldown has no meaning; leave one of them out.")
     if config.warmup + config.falling[0] > config.steps:
         raise UsageError(f"--warmup {config.warmup} and --cooldown {config.cooldown or 0} are longer than the {config.steps} steps; shorten them.")
+    if config.zero_terminal_snr and config.min_snr is not None:
+        raise UsageError("--min-snr gives the timestep without signal no weight, so --zero-terminal-snr would not be learned; leave one of them out.")
     if config.optimizer == "prodigy" and config.lr < 0.1:
         raise UsageError(f"--lr {config.lr:g} multiplies the rate that prodigy finds by itself; give 1, or leave it out.")
     parts = config.train.split(",")

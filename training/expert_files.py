@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..unet.experts import ExpertEntry, write_experts
 from ..unet.lora import read_lora, with_lora
 from ..weights import read_json, read_weights
 from .staging import copy_folder, linked, staged_folder
+from .terminal_snr import write_scheduler
 
 WHOLE = "diffusion_pytorch_model.safetensors"
 _CONVERTED: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], dict[str, Tensor]], str]] = {
@@ -77,6 +79,7 @@ def write_model(
     link: bool = False,
     added: Mapping[str, Component] | None = None,
     replaced: Mapping[str, Mapping[str, Tensor]] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> tuple[ExpertEntry, ...]:
     """Write a model folder: the parts of `model`, and experts.
 
@@ -90,6 +93,7 @@ def write_model(
         link: hard links instead of copies of files that stay the same.
         added: components that experts read prompts with and `model` does not have, by name.
         replaced: new weights of text encoders and the conditioner, by component, under the names of our networks.
+        scheduler: config of another noise schedule than the one in `model`'s folder.
 
     Returns:
         The experts as written, from low to high noise.
@@ -112,6 +116,8 @@ def write_model(
         _copy_parts(model.path, staged, copy, {} if added is None else added, gone)
         for component, state in ({} if replaced is None else replaced).items():
             _replace_weights(model.path / component, staged / component, model.parts[component], state)
+        if scheduler is not None:
+            write_scheduler(staged, scheduler)
         store = _Store(staged, ordered, copy)
         if any(unet in _sources(draft.weights) for draft in ordered):
             store.copied(unet)  # before an equal network of another model, so that it keeps its name

@@ -2,6 +2,7 @@
 
 out/checkpoints/    the newest two checkpoints and losses.jsonl
 out/validation/     the loss on held-out samples (validation.jsonl) and pictures of the prompts
+out/report.html     curves and validation pictures, also as report.png; written at each validation
 out/model/          the result, an ordinary model folder
 out/pytorch_lora_weights.safetensors    with --lora; in an ensemble one for each network
 """
@@ -24,18 +25,22 @@ from .batches import ahead, batch_plan, bucket_of, crop_generator, sizes_for
 from .config import FinetuneConfig
 from .encoded import encoded_bucket, open_source, stored_encoding
 from .encoded_members import StoredEncoding
-from .loop import Logged, generator_for, train
+from .loop import generator_for, train
 from .memory import recompute_activations
 from .objective import Draw, Objective, denoising_loss, draw
 from .result import write_result
+from .run_report import picture_name, write_report
 from .shards import ShardIndex
 from .sources import Source
 from .subject import Subject, load_subject, predictor, trained_networks
 from .tallies import noise_bins
+from .terminal_snr import with_zero_terminal_snr
+from .tracking import Event, Validated, check_trackers, trackers
 from .train_config import TrainConfig
 from .workers import ALONE, Workers
 
-_NOT_IDENTITY = ("steps", "lr_schedule", "cooldown", "save_every", "workers", "when_full", "validate_every", "prompts", "threads", "shards")
+_TIMING = ("steps", "lr_schedule", "cooldown", "save_every")  # `train` itself compares these
+_NOT_IDENTITY = (*_TIMING, "workers", "when_full", "validate_every", "prompts", "threads", "shards", "track", "resume")
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the trained timesteps, at which the validation loss is measured
 
 
@@ -86,6 +91,10 @@ def make_plan(config: FinetuneConfig, folder: ModelFolder, index: ShardIndex, ke
         raise UsageError(f"--t5-dropout has no meaning for {folder.name!r}, which has no T5; leave it out.")
     if "conditioner" in config.train.split(",") and folder.family != "clip-t5":
         raise UsageError(f"--train conditioner has no meaning for {folder.name!r}, which does not join CLIP and T5; leave it out.")
+    if config.zero_terminal_snr:
+        if config.expert is not None and len(folder.experts) > 1:
+            raise UsageError("--zero-terminal-snr changes the noise levels of every expert; leave --expert out.")
+        folder = with_zero_terminal_snr(folder)
     sizes = sizes_for(folder, config.resolution, config.buckets)
     stored = stored_encoding(folder, index, sizes[0][0], config.buckets)
     generator = generator_for(config.seed, 1 << 37)
@@ -101,7 +110,7 @@ def make_plan(config: FinetuneConfig, folder: ModelFolder, index: ShardIndex, ke
 def finetune(
     plan: Plan,
     out: Path,
-    report: Callable[[Logged | str], None],
+    report: Callable[[Event], None],
     *,
     workers: Workers = ALONE,
     should_stop: Callable[[], bool] = lambda: False,
@@ -167,19 +176,26 @@ def finetune(
         log_every=min(20, config.steps),
         when_full=config.when_full,
     )
+    check_trackers(config.track)
     loss_at = _losses(plan, subject, source, objective, workers)
-    observe = _observer(plan, subject, networks, source, objective, out, report, workers, draw_prompts)
-    trained = train(
-        networks,
-        loss_at,
-        training,
-        out / "checkpoints",
-        report,
-        workers,
-        identity=plan.identity,
-        should_stop=should_stop,
-        observe=observe,
-    )
+    with trackers(config.track if workers.writes else (), out, asdict(config)) as track:
+
+        def tell(event: Event) -> None:
+            report(event)
+            track(event)
+
+        trained = train(
+            networks,
+            loss_at,
+            training,
+            out / "checkpoints",
+            tell,
+            workers,
+            identity=plan.identity,
+            resume=config.resume,
+            should_stop=should_stop,
+            observe=_observer(plan, subject, networks, source, objective, out, tell, workers, draw_prompts),
+        )
     if workers.writes:
         write_result(config, plan.folder, dict(trained.state_dict()), out, out / "model")
     return out / "model"
@@ -257,17 +273,21 @@ def _observer(
     source: Source,
     objective: Objective,
     out: Path,
-    report: Callable[[Logged | str], None],
+    report: Callable[[Event], None],
     workers: Workers,
     draw_prompts: Callable[[Path, int], None] | None,
 ) -> Callable[[int, Mapping[str, Tensor]], None]:
-    """After every `validate_every` steps and at the end: the loss on held-out samples, and the prompts drawn with the weights of that moment."""
+    """After every `validate_every` steps and at the end: the loss on held-out samples, the prompts drawn with its weights, and a report."""
     config, folder = plan.config, out / "validation"
 
     def observe(step: int, weights: Mapping[str, Tensor]) -> None:
         due = step == config.steps or (config.validate_every is not None and step % config.validate_every == 0)
         if not workers.writes or not due:
             return
+        losses: dict[str, float] = {}
+        pictures: dict[str, Path] = {}
+        if plan.held_out or config.prompts:
+            folder.mkdir(exist_ok=True)
         if plan.held_out:
             now = {name: tensor.detach().clone() for name, tensor in networks.state_dict().items() if name in weights}
             networks.load_state_dict(dict(weights), strict=False)
@@ -275,18 +295,20 @@ def _observer(
             losses = validation_loss(plan, subject, source, objective)
             networks.train()
             networks.load_state_dict(now, strict=False)
-            folder.mkdir(exist_ok=True)
             path = folder / "validation.jsonl"
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] if path.exists() else []
             path.write_text("".join(f"{line}\n" for line in [*lines, json.dumps({"step": step, **losses})]))
-            report(f"step {step}: validation loss " + " ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         if draw_prompts is not None and config.prompts:
-            folder.mkdir(exist_ok=True)
             draft = folder / f".model-{os.getpid()}"
             try:
                 write_result(config, plan.folder, {**networks.state_dict(), **weights}, None, draft)
                 draw_prompts(draft, step)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
+            pictures = {prompt: folder / picture_name(step, number) for number, prompt in enumerate(config.prompts)}
+        if losses or pictures:
+            report(Validated(step, losses, pictures))
+        title = f"{plan.folder.name}: {step} of {config.steps} steps, {len(plan.trained)} samples"
+        write_report(out, title, asdict(config), config.prompts)
 
     return observe

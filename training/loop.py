@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError
+from ..errors import TrainingError, UsageError
 from .checkpoints import Checkpoint, load_newest
 from .optimizers import make_optimizer, optimizer_state, restore_optimizer
 from .saving import save_or_wait, wait_for_room
@@ -81,6 +81,7 @@ def train(
     workers: Workers = ALONE,
     *,
     identity: Mapping[str, Any] | None = None,
+    resume: bool = False,
     should_stop: Callable[[], bool] = _never,
     observe: Callable[[int, Mapping[str, Tensor]], None] = _unobserved,
 ) -> nn.Module:
@@ -94,6 +95,7 @@ def train(
         report: called with a `Logged` every `config.log_every` steps, and with a line of text when something is amiss.
         workers: the processes that train together; each one's `loss_at` sees its own share of the batch.
         identity: what else makes this run the one that it is (data, model), JSON-compatible; a checkpoint of another is refused.
+        resume: a run without a checkpoint is refused instead of begun.
         should_stop: asked after every step.
         observe: called after every step with the number of steps taken and the trained weights that a result would have.
 
@@ -101,7 +103,8 @@ def train(
         A copy of `model` that holds the exponential moving average of its weights (the last weights with ema_decay None).
 
     Raises:
-        UsageError: the checkpoints in `folder` are of another run.
+        UsageError: the checkpoints in `folder` are of another run, or with `resume` there is none.
+        DataError: there are checkpoints, and all are torn.
         OutputError: the disk has no room for a checkpoint; the one before is whole.
         TrainingError: NAN_STEPS steps in a row were not finite; no checkpoint holds such values.
         InterruptedRunError: `should_stop` said so; a checkpoint of this very step is there.
@@ -112,7 +115,9 @@ def train(
     described = {**asdict(config), "betas": list(config.betas), "identity": dict(identity or {})}
     average = {} if config.ema_decay is None else {name: p.detach().clone() for name, p in parameters.items()}
     first, tally = 0, Tally()
-    found = load_newest(folder, report)
+    found = load_newest(folder, report if workers.writes else None)
+    if found is None and resume:
+        raise UsageError(f"{folder.parent.name!r} has no checkpoint to resume; leave --resume out to begin the run.")
     if found is not None:
         check_same_run(found, config, described)
         first, tally = found.step, dict(found.tally)
@@ -120,6 +125,8 @@ def train(
         average = {name: found.average[name].to(tensor.device) for name, tensor in average.items()}
         restore_optimizer(optimizer, parameters, found.optimizer, found.numbers)
         scaler.load_state_dict(found.scaler)
+        if workers.writes:
+            report(f"goes on from the checkpoint of step {first}")
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "losses.jsonl"
     if workers.writes:

@@ -41,7 +41,7 @@ def write_result(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[s
             dtype = next(stored.tensor.dtype for stored in read_expert(own).values())
             drafts.append(Draft(entry, weights_for(own, {name: tensor.detach().cpu().to(dtype) for name, tensor in state.items()})))
     texts = {name.removeprefix("text."): state for name, state in states.items() if name.startswith("text.")}
-    write_model(folder, drafts, target, replaced=texts)
+    write_model(folder, drafts, target, replaced=texts, scheduler=folder.configs["scheduler"] if config.zero_terminal_snr else None)
     if lora_to is not None and config.lora is not None:
         for name, content in _lora_files(folder, {name: own for name, own in pairs.items() if own}).items():
             if config.format == "kohya":

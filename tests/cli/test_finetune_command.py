@@ -83,13 +83,15 @@ def test_a_config_file_equals_the_flags_and_flags_win(sd1_folder: Path, shards: 
     arguments = ["finetune", "--model", str(sd1_folder), "--out", str(tmp_path / "a"), "--config", str(file), "--steps", "4"]
     assert run([*arguments, "--json", "--device", "cpu"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["event"] for line in lines] == ["plan", "step", "done"]
+    assert [line["event"] for line in lines] == ["plan", "step", "validation", "done"]
+    assert lines[2]["pictures"] == {"a star": str(tmp_path / "a" / "validation" / "step000004-0.png")}
     assert lines[0]["options"]["steps"] == 4
     assert lines[0]["options"]["lora"] == 4
     assert lines[0]["samples"] == 24
     assert lines[1]["images_per_second"] > 0
-    assert lines[2]["model"] == str(tmp_path / "a" / "model")
+    assert lines[3]["model"] == str(tmp_path / "a" / "model")
     assert (tmp_path / "a" / "validation" / "step000004-0.png").stat().st_size > 100
+    assert "a star" in (tmp_path / "a" / "report.html").read_text()
     assert run(command(sd1_folder, shards, tmp_path / "b", "--steps", "4", "--lora", "4")) == 0
     one, other = result(tmp_path / "a"), result(tmp_path / "b")
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -114,6 +116,10 @@ def test_a_dry_run_measures_and_writes_nothing(sd1_folder: Path, shards: str, tm
         (["--steps", "4", "--precision", "int8"], 2, "float32, bfloat16, float16"),
         (["--steps", "4", "--lr-schedule", "constant", "--cooldown", "2"], 2, "--lr-schedule constant"),
         (["--steps", "4", "--optimizer", "prodigy"], 2, "prodigy"),
+        (["--steps", "4", "--resume"], 2, "no checkpoint to resume"),
+        (["--steps", "4", "--track", "paper"], 2, "tensorboard"),
+        (["--steps", "4", "--zero-terminal-snr"], 2, "predicts the noise"),
+        (["--steps", "4", "--zero-terminal-snr", "--min-snr", "5"], 2, "--min-snr"),
         (["--steps", "4", "--optimizer", "sgd"], 2, "adamw8bit"),
         (["--steps", "4", "--format", "kohya"], 2, "--lora"),
         (["--steps", "4", "--warmup", "5"], 2, "--warmup"),

@@ -188,6 +188,41 @@ def test_learning_rates_of_the_options(options: dict[str, Any], steps: int, rate
     assert {step: training.learning_rate(step) for step in rates} == pytest.approx(rates)
 
 
+def test_resume_goes_on_and_refuses_to_begin(sd1_folder: Path, index: ShardIndex, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no checkpoint to resume"):
+        run(plan_for(sd1_folder, index, resume=True), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InterruptedRunError):
+        run(plan_for(sd1_folder, index), tmp_path / "run", should_stop=lambda: True)
+    with pytest.raises(UsageError, match="the checkpoint of step 1"):
+        run(plan_for(sd1_folder, index, resume=True, lr=1e-5), tmp_path / "run")
+    assert "goes on from the checkpoint of step 1" in run(plan_for(sd1_folder, index, resume=True), tmp_path / "run")
+
+
+def test_zero_terminal_snr_trains_and_records_the_schedule_that_diffusers_makes(sd2_folder: Path, index: ShardIndex, tmp_path: Path) -> None:
+    import diffusers
+
+    plan = plan_for(sd2_folder, index, zero_terminal_snr=True)
+    theirs = diffusers.DDIMScheduler.from_pretrained(sd2_folder / "scheduler", rescale_betas_zero_snr=True)
+    torch.testing.assert_close(plan.folder.noise.alphas_cumprod.float(), theirs.alphas_cumprod, atol=1e-6, rtol=1e-4)
+    assert plan.folder.noise.sigma_max > 100 * open_folder(sd2_folder).noise.sigma_max
+    run(plan, tmp_path / "run")
+    run(plan_for(sd2_folder, index), tmp_path / "plain")
+    result = open_folder(tmp_path / "run" / "model")
+    assert torch.equal(result.noise.sigmas, plan.folder.noise.sigmas)
+    assert result.noise.spacing == "trailing"
+    written = diffusers.DDIMScheduler.from_pretrained(tmp_path / "run" / "model" / "scheduler")
+    assert written.config.rescale_betas_zero_snr
+    assert written.alphas_cumprod[-1] < 1e-6
+    one, other = unet_of(tmp_path / "run"), unet_of(tmp_path / "plain")
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+    model = load_model(result)
+    [picture] = [event for event in text_to_image(model, resolve(result, "a star", [1], steps=2)) if isinstance(event, Picture)]
+    assert picture.pixels.float().std() > 1
+    with pytest.raises(UsageError, match="already"):
+        plan_for(tmp_path / "run" / "model", index, zero_terminal_snr=True)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_readers_do_not_change_the_run(sd1_folder: Path, index: ShardIndex, tmp_path: Path, threads: int) -> None:
     run(plan_for(sd1_folder, index, workers=0), tmp_path / "none")

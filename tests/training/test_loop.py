@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from tu_diffuse.errors import OutputError, TrainingError, UsageError
+from tu_diffuse.errors import DataError, OutputError, TrainingError, UsageError
 from tu_diffuse.training import checkpoints
 from tu_diffuse.training.checkpoints import load_newest
 from tu_diffuse.training.loop import InterruptedRunError, batch_indices, generator_for, train, update_average
@@ -69,9 +69,14 @@ def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path: Path) -> None:
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data)
-    found = load_newest(tmp_path)
+    lines: list[str] = []
+    found = load_newest(tmp_path, lines.append)
     assert found is not None
     assert found.step == 8
+    assert lines == ["checkpoint-00000012 is damaged and passed over for the one before it"]
+    (tmp_path / "checkpoint-00000008" / "state.json").unlink()
+    with pytest.raises(DataError, match="none of the 2 checkpoints"):
+        run(tmp_path)
 
 
 def test_only_whole_checkpoints_are_left(tmp_path: Path) -> None:
