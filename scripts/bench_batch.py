@@ -1,0 +1,174 @@
+"""Time `tu-diffuse batch` against a loop over diffusers' and transformers' classes, with the same weights, prompts, seeds, sampler and steps.
+
+    python scripts/bench_batch.py --prompts 200 --rounds 3
+
+The embedded model is no pipeline of diffusers' own, so the loop is written out here as their pipelines write it: CLIPTextModelWithProjection and
+T5EncoderModel, our conditioner (no library has it), UNet2DConditionModel for each expert with the unconditional rows in the same call,
+DPMSolverMultistepScheduler, AutoencoderDC, PNG files. "plain" draws one prompt at a time, "batched" 16. Pictures differ a little, because our sampler
+restarts its history where the expert changes. Each contender runs in a process of its own, in every round in another order; its time runs from
+the loading of the model to the last file on the disk, imports left out. Prints seconds, the ratio to ours in the same round with its range, and the
+highest memory of each process.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "black")
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "crescent", "hexagon")
+BATCH = 16
+
+
+def prompts(count: int) -> list[str]:
+    """Distinct prompts of the embedded model's world."""
+    things = [f"{colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES)]
+    pairs = ((a, b) for a, b in itertools.product(things, things) if a != b)
+    return [f"a {a} to the left of a {b}" for a, b in itertools.islice(pairs, 0, 37 * count, 37)]
+
+
+def ours(texts: list[str], out: Path) -> float:
+    """Seconds that `tu-diffuse batch` takes."""
+    from tu_diffuse.cli.main import run
+
+    (out / "prompts.txt").write_text("".join(f"{text} --seed {seed}\n" for seed, text in enumerate(texts)))
+    started = time.perf_counter()
+    if run(["batch", str(out / "prompts.txt"), "--out", str(out / "pictures")]) != 0:
+        raise SystemExit("the batch failed")
+    return time.perf_counter() - started
+
+
+def theirs(texts: list[str], out: Path, size: int = 1) -> float:
+    """Seconds that the loop takes, `size` prompts at a time."""
+    import torch
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, UNet2DConditionModel
+    from PIL import Image
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+    from tu_diffuse.pipeline.folder import EMBEDDED, open_folder
+    from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
+    from tu_diffuse.text_encoders.tokenizer import load_tokenizer
+    from tu_diffuse.weights import load_weights
+
+    started = time.perf_counter()
+    folder = open_folder(None)
+    own = folder.defaults
+    clip = CLIPTextModelWithProjection.from_pretrained(EMBEDDED / "text_encoder", dtype=torch.float32)
+    t5 = T5EncoderModel.from_pretrained(EMBEDDED / "text_encoder_2", dtype=torch.float32)
+    conditioner = load_weights(
+        Conditioner(ConditionerConfig.from_dict(folder.configs["conditioner"])), EMBEDDED / "conditioner", dtype=torch.float32, device="cpu"
+    )
+    unets = [(e.sigma_min, UNet2DConditionModel.from_pretrained(EMBEDDED / e.subfolder, torch_dtype=torch.float32)) for e in folder.experts]
+    vae = AutoencoderDC.from_pretrained(EMBEDDED / "vae", torch_dtype=torch.float32)
+    mean, deviation = (torch.tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+    tokenizers = [load_tokenizer(EMBEDDED / name) for name in ("tokenizer", "tokenizer_2")]
+    scheduler = DPMSolverMultistepScheduler(
+        trained_betas=_betas(EMBEDDED), prediction_type="v_prediction", timestep_spacing="trailing", algorithm_type="dpmsolver++"
+    )
+    for first in range(0, len(texts), size):
+        with torch.no_grad():
+            said = texts[first : first + size]
+            tokens = [tokenizer.encode(["", *said]) for tokenizer in tokenizers]
+            pooled = clip(input_ids=tokens[0].ids)
+            features = t5(input_ids=tokens[1].ids, attention_mask=tokens[1].mask.long()).last_hidden_state
+            keep = torch.tensor([False] + [True] * len(said))
+            told = conditioner(pooled.last_hidden_state, tokens[0].mask, pooled.text_embeds, features, tokens[1].mask, keep, keep)
+            rows = torch.tensor([0] * len(said) + list(range(1, len(said) + 1)))
+            seeds = range(first, first + len(said))
+            x = torch.cat([torch.randn((1, folder.channels, 8, 8), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+            scheduler.set_timesteps(own.steps)
+            x = x * scheduler.init_noise_sigma
+            for t in scheduler.timesteps:
+                level = float(folder.noise.sigma_at(t.double()))
+                unet = next(unet for low, unet in reversed(unets) if level >= low)
+                output = unet(
+                    scheduler.scale_model_input(torch.cat([x, x]), t),
+                    t,
+                    told.tokens[rows],
+                    class_labels=told.pooled[rows],
+                    encoder_attention_mask=told.mask[rows],
+                ).sample
+                without, guided = output.chunk(2)
+                x = scheduler.step(without + own.guidance * (guided - without), t, x).prev_sample
+            pictures = vae.decode(x / vae.config["scaling_factor"] * deviation + mean).sample
+            pixels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for seed, picture in zip(seeds, pixels, strict=True):
+            Image.fromarray(picture).save(out / f"{seed}.png")
+    return time.perf_counter() - started
+
+
+def batched(texts: list[str], out: Path) -> float:
+    """Seconds that the loop takes, 16 prompts at a time."""
+    return theirs(texts, out, BATCH)
+
+
+def _betas(folder: Path) -> list[float]:
+    import json
+
+    return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["trained_betas"]
+
+
+CONTENDERS: dict[str, Callable[[list[str], Path], float]] = {"ours": ours, "plain": theirs, "batched": batched}
+
+
+def measured(name: str, texts: list[str], results: "multiprocessing.Queue[tuple[float, float]]") -> None:
+    """Run a contender; seconds, and the process's highest memory in MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        CONTENDERS[name](texts[:1], _made(Path(folder) / "warm"))  # imports
+        seconds = CONTENDERS[name](texts, _made(Path(folder) / "run"))
+    results.put((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def agree(texts: list[str]) -> int:
+    """The largest difference (of 255) between our pictures and the loop's."""
+    import numpy as np
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = (_made(Path(folder) / name) for name in ("ours", "theirs"))
+        ours(texts, first)
+        theirs(texts, second)
+        mine = sorted((first / "pictures").glob("0*.png"))
+        pairs = [(mine[seed], second / f"{seed}.png") for seed in range(len(texts))]
+        return max(int(np.abs(np.asarray(Image.open(a), np.int16) - np.asarray(Image.open(b), np.int16)).max()) for a, b in pairs)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    texts = prompts(options.prompts)
+    print(f"largest difference of the first 8 pictures: {agree(texts[:8])} of 255")
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    memory = dict.fromkeys(CONTENDERS, 0.0)
+    for number in range(options.rounds):
+        names = list(CONTENDERS)
+        for name in names[number % 3 :] + names[: number % 3]:
+            results: multiprocessing.Queue[tuple[float, float]] = context.Queue()
+            process = context.Process(target=measured, args=(name, texts, results))
+            process.start()
+            took, highest = results.get()
+            process.join()
+            seconds[name].append(took)
+            memory[name] = max(memory[name], highest)
+    for name, values in seconds.items():
+        ratios = [value / own for value, own in zip(values, seconds["ours"], strict=True)]
+        times = f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f} s"
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name}: {times} (minimum / median / maximum), {spread} times ours, {memory[name]:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
