@@ -26,10 +26,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves that share their axes; there is at least one, with at least one point."""
+    """Curves that share their axes; there is at least one, with at least one point. `linear` keeps the axis of the values so."""
 
     title: str
     curves: Sequence[Curve]
+    linear: bool = False
 
 
 def colours(count: int) -> list[Colour]:
@@ -48,12 +49,12 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def draw_panel(panel: Panel) -> Image.Image:
-    """Draw a panel, WIDTH by HEIGHT, RGB; the values' axis is logarithmic where they are positive and differ by more than 30 times."""
+    """Draw a panel, WIDTH by HEIGHT, RGB; the values' axis is logarithmic where they are positive and differ over 30 times, unless `linear`."""
     picture = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), "white")
     draw = ImageDraw.Draw(picture)
     values = [value for curve in panel.curves for _, value in curve.points]
     steps = [step for curve in panel.curves for step, _ in curve.points]
-    logarithmic = min(values) > 0 and max(values) > 30 * min(values)
+    logarithmic = not panel.linear and min(values) > 0 and max(values) > 30 * min(values)
     low, high = _limits(values, logarithmic)
     first, last = (min(steps), max(steps)) if max(steps) > min(steps) else (min(steps) - 1, max(steps) + 1)
     right, floor = WIDTH - _LEGEND - 14, HEIGHT - _BOTTOM

@@ -65,7 +65,7 @@ def panels_of(log: Sequence[Mapping[str, float]], validation: Sequence[Mapping[s
         panels.append(Panel("Validation loss at fixed noise levels", _family(list(levels.items()))))
     for title, name in (("Learning rate", "lr"), ("Length of the gradient", "grad_norm")):
         if name in told:
-            panels.append(Panel(title, [Curve(name, told[name])]))
+            panels.append(Panel(title, [Curve(name, told[name])], linear=name == "lr"))
     return panels
 
 
