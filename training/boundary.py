@@ -28,7 +28,7 @@ from .intervals import expert_of, first_timestep
 from .loop import generator_for
 from .objective import Draw, Objective, denoising_loss
 from .shards import ShardIndex
-from .subject import load_subject, predictor
+from .subject import load_subject, predictor, read_as
 
 FOLDS = 8  # independent sets of pictures: products of gradients of different folds have no bias from sampling, and leaving each out shows the spread
 _COORDINATES = 1 << 18  # of the gradient, drawn at random; all that is kept of it
@@ -106,7 +106,8 @@ def suggest_boundary(
     where = torch.device("cpu") if device is None else device
     size = (folder.defaults.width, folder.defaults.height)
     subject = load_subject(folder, entry.name, where)
-    source = open_source(folder, index, stored_encoding(folder, index, size[0], buckets=False), where)
+    reading, text = read_as(folder, entry.name)
+    source = open_source(reading, index, stored_encoding(folder, index, size[0], buckets=False), where, text)
     objective = Objective(sigmas=folder.noise.sigmas, t_min=first, t_max=end, prediction_type=folder.noise.prediction_type)
     chosen = torch.randperm(len(index.samples), generator=generator_for(seed, 0)).tolist()
 

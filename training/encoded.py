@@ -12,6 +12,7 @@ from ..attention import AttentionBackend
 from ..errors import DataError, UsageError
 from ..pipeline.folder import TEXT_PARTS, ModelFolder
 from ..pipeline.loading import DTYPES, Place, load_codec, load_conditioner, load_text
+from ..unet.experts import ExpertText
 from ..vae.codec import sample_posterior
 from ..weights import files_sha256, weight_files
 from .batches import Fitted
@@ -156,7 +157,9 @@ class EncodedSource:
         return Batch(latents, lambda drawn: self.join(features, sizes, latents, drawn))
 
 
-def open_source(folder: ModelFolder, index: ShardIndex, stored: StoredEncoding | None, device: torch.device) -> Source:
+def open_source(
+    folder: ModelFolder, index: ShardIndex, stored: StoredEncoding | None, device: torch.device, text: ExpertText | None = None
+) -> Source:
     """Where samples come from, with the frozen parts of the model that it needs in memory.
 
     Args:
@@ -164,14 +167,18 @@ def open_source(folder: ModelFolder, index: ShardIndex, stored: StoredEncoding |
         index: of shards.
         stored: how they were encoded (`stored_encoding`), None for pictures.
         device: where the parts go.
+        text: of an expert that reads prompts in its own way, from pictures' captions only; None for the model's.
 
     Raises:
+        UsageError: encoded shards for an expert that reads prompts in its own way.
         ModelError: weights that are missing or damaged.
         DataError: the shard with `stored` cannot be read any more.
     """
     place = Place(device, torch.float32, AttentionBackend.AUTO)
+    if stored is not None and text is not None:
+        raise UsageError(f"the shards are encoded as {folder.name!r} reads prompts, and this expert reads in its own way; give pictures.")
     if stored is None:
-        return picture_source(folder, index, load_codec(folder, place)[0], load_text(folder, place), device)
+        return picture_source(folder, index, load_codec(folder, place)[0], load_text(folder, place, text), device)
     if folder.family == "clip-t5":
         return EncodedSource(index, make_join(folder, load_conditioner(folder, place), {}), device)
     empty = unpack(read_range(index.shards[stored.shard], stored.offset, stored.size))

@@ -32,7 +32,7 @@ from .result import write_result
 from .run_report import picture_name, write_report
 from .shards import ShardIndex
 from .sources import Source
-from .subject import Subject, load_subject, predictor, trained_networks
+from .subject import Subject, load_subject, predictor, read_as, trained_networks
 from .tallies import noise_bins
 from .terminal_snr import with_zero_terminal_snr
 from .tracking import Event, Validated, check_trackers, trackers
@@ -87,9 +87,12 @@ def make_plan(config: FinetuneConfig, folder: ModelFolder, index: ShardIndex, ke
     Raises:
         UsageError: the options or encoded shards do not fit the model, or too few samples are left.
     """
-    if config.t5_dropout and folder.family != "clip-t5":
+    reading, text = read_as(folder, config.expert)
+    if text is not None and config.train != "unet":
+        raise UsageError(f"expert {config.expert!r} reads prompts in its own way; train its text encoders in the folder that it came from.")
+    if config.t5_dropout and reading.family != "clip-t5":
         raise UsageError(f"--t5-dropout has no meaning for {folder.name!r}, which has no T5; leave it out.")
-    if "conditioner" in config.train.split(",") and folder.family != "clip-t5":
+    if "conditioner" in config.train.split(",") and reading.family != "clip-t5":
         raise UsageError(f"--train conditioner has no meaning for {folder.name!r}, which does not join CLIP and T5; leave it out.")
     if config.zero_terminal_snr:
         if config.expert is not None and len(folder.experts) > 1:
@@ -138,7 +141,8 @@ def finetune(
     if (out / "model").exists():
         raise UsageError(f"{out.name!r} holds a finished run; give another --out.")
     subject = load_subject(plan.folder, config.expert, where)
-    source = open_source(plan.folder, plan.index, plan.stored, where)
+    reading, text = read_as(plan.folder, config.expert)
+    source = open_source(reading, plan.index, plan.stored, where, text)
     networks = trained_networks(subject, source.networks, config)
     if config.gradient_checkpointing:
         recompute_activations(subject.unets)

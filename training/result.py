@@ -45,7 +45,7 @@ def write_result(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[s
     if lora_to is not None and config.lora is not None:
         for name, content in _lora_files(folder, {name: own for name, own in pairs.items() if own}).items():
             if config.format == "kohya":
-                write_kohya(lora_to / name, content, alpha_of(config), folder.family, _layers_per_block(folder))
+                write_kohya(lora_to / name, content, alpha_of(config), *_shape(folder, config.expert))
             else:
                 write_diffusers(lora_to / name, content, config.lora, alpha_of(config))
 
@@ -65,5 +65,8 @@ def _lora_files(folder: ModelFolder, pairs: Mapping[str, Pairs]) -> dict[str, di
     return {f"{rest}-{LORA_FILE}": dict([content[name]]) for name, (_, rest) in named.items()}
 
 
-def _layers_per_block(folder: ModelFolder) -> int:
-    return int(folder.configs[folder.experts[0].subfolder].get("layers_per_block", 2))
+def _shape(folder: ModelFolder, expert: str | None) -> tuple[str, int]:
+    """Family and layers a block of what was trained, which decide kohya's names."""
+    entry = next(entry for entry in folder.experts if expert in (None, entry.name))
+    family = folder.family if entry.text is None else entry.text.family
+    return family, int(folder.configs[entry.subfolder].get("layers_per_block", 2))

@@ -1,7 +1,7 @@
 """What is trained: the experts of a model folder, in float32, and the text encoders with them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
 from ..unet.config import UNetConfig
 from ..unet.deltas import read_expert
-from ..unet.experts import ExpertEntry
+from ..unet.experts import ExpertEntry, ExpertText
 from ..unet.unet import UNet
 from .config import FinetuneConfig
 from .expert_files import verified
@@ -48,16 +48,13 @@ def load_subject(folder: ModelFolder, expert: str | None, device: torch.device) 
     """Load a model to train all its experts, each on the timesteps it owns, or one of them on its own and a margin.
 
     Raises:
-        UsageError: there is no expert of that name, or one that reads prompts in its own way.
+        UsageError: there is no expert of that name.
         ModelError: weights that are missing, damaged, not those that were recorded, or do not fit.
     """
     known = {entry.name: entry for entry in folder.experts}
     if expert is not None and expert not in known:
         raise UsageError(f"--expert {expert!r} is not in {folder.name!r}; it has {', '.join(known)}.")
     entries = list(known.values()) if expert is None else [known[expert]]
-    for entry in entries:
-        if entry.text is not None:
-            raise UsageError(f"expert {entry.name!r} reads prompts in its own way; fine-tune the folder it came from, or name another --expert.")
     verified(folder)
     owned = {entry.name: _timesteps(folder, entry) for entry in entries}
     if expert is not None:
@@ -92,6 +89,24 @@ def trained_networks(subject: Subject, readers: Mapping[str, nn.Module], config:
                 parameter.data = parameter.data.clone()  # loaded weights are the file's memory
                 parameter.requires_grad_()
     return nn.ModuleDict({"unets": subject.unets, "text": nn.ModuleDict(texts)})
+
+
+def read_as(folder: ModelFolder, expert: str | None) -> tuple[ModelFolder, ExpertText | None]:
+    """How the experts of a run read prompts: the folder with their family, and their components where these are not the folder's (for `load_text`).
+
+    Args:
+        folder: the model.
+        expert: the one that is trained, or None for all.
+
+    Raises:
+        UsageError: all are trained, and they do not read alike.
+    """
+    texts = [entry.text for entry in folder.experts if expert in (None, entry.name)]
+    if any(text != texts[0] for text in texts):
+        names = ", ".join(entry.name for entry in folder.experts)
+        raise UsageError(f"The experts of {folder.name!r} read prompts in different ways; train one at a time, with --expert and one of {names}.")
+    text = texts[0] if texts else None  # an expert that is not there is refused where it is loaded
+    return (folder, None) if text is None else (replace(folder, family=text.family, zero_negative=text.zero_negative), text)
 
 
 def _timesteps(folder: ModelFolder, entry: ExpertEntry) -> tuple[int, int]:

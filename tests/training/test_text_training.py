@@ -16,14 +16,20 @@ from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
+from tu_diffuse.training.composing import compose
 from tu_diffuse.training.config import FinetuneConfig, make_config
+from tu_diffuse.training.encoded import open_source
 from tu_diffuse.training.finetune import finetune, make_plan
+from tu_diffuse.training.intervals import sigma_of
 from tu_diffuse.training.loop import InterruptedRunError
 from tu_diffuse.training.lora import ldm_name
+from tu_diffuse.training.objective import Draw
 from tu_diffuse.training.result import LORA_FILE
 from tu_diffuse.training.shards import ShardIndex, index_shards
+from tu_diffuse.training.subject import read_as
 from world import STAGES
 
+CPU = torch.device("cpu")
 BASE = FinetuneConfig(shards=("unused",), steps=3, batch_size=4, lr=2e-2, resolution=32, workers=0, caption_dropout=0.3)
 
 
@@ -143,6 +149,38 @@ def test_a_dropped_caption_is_what_the_trained_encoder_says_of_none(sd1_folder: 
     """With nearly every caption dropped only the empty prompt can teach the encoder."""
     run(sd1_folder, index, tmp_path, train="text-encoders", caption_dropout=0.9999)
     assert changed(sd1_folder, tmp_path / "model") == {"text_encoder"}
+
+
+def test_an_expert_of_its_own_reading_is_told_what_the_model_it_came_from_is_told(
+    sdxl_folder: Path, refiner_folder: Path, index: ShardIndex, tmp_path: Path
+) -> None:
+    """The refiner in an ensemble: conditioning and latents are those of its own folder; trained, it changes and the base does not."""
+    base = open_folder(sdxl_folder)
+    compose([base, open_folder(refiner_folder)], [sigma_of(base.noise, 200)], tmp_path / "both")
+    both = open_folder(tmp_path / "both")
+    reading, text = read_as(both, "t0000-0200")
+    assert text is not None
+    kept = torch.tensor([True, False, True])
+    drawn = Draw(torch.zeros(3, dtype=torch.int64), torch.zeros(3), kept, kept)
+    batches = [
+        source.batch([source.read(number, (32, 32), None) for number in range(3)], None)
+        for source in (open_source(reading, index, None, CPU, text), open_source(open_folder(refiner_folder), index, None, CPU))
+    ]
+    ours, alone = (batch.said(drawn) for batch in batches)
+    assert torch.equal(batches[0].latents, batches[1].latents)
+    for one, other in ((ours.tokens, alone.tokens), (ours.pooled, alone.pooled), (ours.size_ids, alone.size_ids)):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
+    assert not torch.equal(ours.tokens[0], ours.tokens[1])
+    run(tmp_path / "both", index, tmp_path / "low", expert="t0000-0200", lora=2, format="kohya")
+    assert changed(tmp_path / "both", tmp_path / "low" / "model") == {"unet_t0000-0200"}
+    run(tmp_path / "both", index, tmp_path / "high", expert="t0200-1000")
+    assert changed(tmp_path / "both", tmp_path / "high" / "model") == {"unet"}
+    with pytest.raises(UsageError, match="train one at a time"):
+        run(tmp_path / "both", index, tmp_path / "all")
+    with pytest.raises(UsageError, match="the folder that it came from"):
+        run(tmp_path / "both", index, tmp_path / "text", expert="t0000-0200", train="text-encoders")
 
 
 @pytest.mark.parametrize("value", ["", "vae", "unet,unet", "unet,,conditioner"])
