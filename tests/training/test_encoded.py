@@ -121,6 +121,21 @@ def test_losses_are_those_of_the_pictures(
     assert all(torch.allclose(tensor, other[name], atol=1e-6) for name, tensor in one.items())
 
 
+def test_the_conditioner_trains_as_from_pictures_and_text_encoders_do_not(
+    ensemble: ModelFolder, raw: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(ensemble, raw, tmp_path / "encoded", batch_size=1)
+    encoded, options = read(tmp_path / "encoded"), {"lr": 1e-5, "steps": 3, "batch_size": 1, "train": "unet,conditioner"}
+    theirs = recorded(plan_for(ensemble, raw, **options), tmp_path / "raw", monkeypatch)
+    assert recorded(plan_for(ensemble, encoded, **options), tmp_path / "run", monkeypatch) == pytest.approx(theirs, rel=1e-6)
+    name = "conditioner/diffusion_pytorch_model.safetensors"
+    before, one, other = (load_file(folder / name) for folder in (ensemble.path, tmp_path / "raw" / "model", tmp_path / "run" / "model"))
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in one.items())
+    assert all(torch.allclose(tensor, other[key], atol=1e-6) for key, tensor in one.items())
+    with pytest.raises(UsageError, match="--train text-encoders needs captions"):
+        finetune(plan_for(ensemble, encoded, train="text-encoders"), tmp_path / "refused", lambda event: None)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_costs_little(ensemble: ModelFolder, raw: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     encode(ensemble, raw, tmp_path / "encoded", dtype)
