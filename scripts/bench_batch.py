@@ -12,6 +12,7 @@ highest memory of each process.
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import resource
 import statistics
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "black")
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "crescent", "hexagon")
@@ -57,16 +59,18 @@ def theirs(texts: list[str], out: Path, size: int = 1) -> float:
     started = time.perf_counter()
     folder = open_folder(None)
     own = folder.defaults
-    clip = CLIPTextModelWithProjection.from_pretrained(EMBEDDED / "text_encoder", dtype=torch.float32)
-    t5 = T5EncoderModel.from_pretrained(EMBEDDED / "text_encoder_2", dtype=torch.float32)
+    clip: Any = CLIPTextModelWithProjection.from_pretrained(EMBEDDED / "text_encoder", dtype=torch.float32)
+    t5: Any = T5EncoderModel.from_pretrained(EMBEDDED / "text_encoder_2", dtype=torch.float32)
     conditioner = load_weights(
         Conditioner(ConditionerConfig.from_dict(folder.configs["conditioner"])), EMBEDDED / "conditioner", dtype=torch.float32, device="cpu"
     )
-    unets = [(e.sigma_min, UNet2DConditionModel.from_pretrained(EMBEDDED / e.subfolder, torch_dtype=torch.float32)) for e in folder.experts]
-    vae = AutoencoderDC.from_pretrained(EMBEDDED / "vae", torch_dtype=torch.float32)
+    unets: list[tuple[float, Any]] = [
+        (e.sigma_min, UNet2DConditionModel.from_pretrained(EMBEDDED / e.subfolder, torch_dtype=torch.float32)) for e in folder.experts
+    ]
+    vae: Any = AutoencoderDC.from_pretrained(EMBEDDED / "vae", torch_dtype=torch.float32)
     mean, deviation = (torch.tensor(vae.config[name])[:, None, None] for name in ("latents_mean", "latents_std"))
     tokenizers = [load_tokenizer(EMBEDDED / name) for name in ("tokenizer", "tokenizer_2")]
-    scheduler = DPMSolverMultistepScheduler(
+    scheduler: Any = DPMSolverMultistepScheduler(
         trained_betas=_betas(EMBEDDED), prediction_type="v_prediction", timestep_spacing="trailing", algorithm_type="dpmsolver++"
     )
     for first in range(0, len(texts), size):
@@ -107,8 +111,6 @@ def batched(texts: list[str], out: Path) -> float:
 
 
 def _betas(folder: Path) -> list[float]:
-    import json
-
     return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["trained_betas"]
 
 
