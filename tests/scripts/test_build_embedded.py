@@ -3,16 +3,20 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from train_grounding import KINDS, UNCOLOURED, layout, scenes_and_captions
 from train_t5 import corrupt
 from train_tokenizers import texts, train_clip, train_t5
 from tu_diffuse.text_encoders.tokenizer import load_tokenizer
+from world import COLOURS, render
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "embedded"
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -33,6 +37,27 @@ def test_span_corruption_loses_nothing() -> None:
         assert [token for part in source[:-1] for token in (spans[part] if part >= 500 else [part])] == ids
         masked += sum(map(len, spans.values())) / len(ids)
     assert 0.14 < masked / 200 < 0.24
+
+
+@pytest.mark.skipif(not FONT.exists(), reason="needs the font fonts-noto-color-emoji")
+def test_layouts_are_where_the_objects_are() -> None:
+    """Cells of the label grid show what the picture shows at their centre."""
+    scenes, _ = scenes_and_captions(random.Random(3), 60)
+    truth = layout(scenes)
+    shown = right = 0
+    for row, scene in enumerate(scenes):
+        empty = render(replace(scene, objects=()))
+        changed = np.abs(render(scene).astype(int) - empty).max(axis=2)[8::16, 8::16].flatten() > 20
+        kinds = [KINDS[kind] for kind in truth.kind[row].tolist()]
+        objects = {thing.kind for thing in scene.objects}
+        assert set(kinds) - objects == {scene.background}
+        assert objects <= set(kinds)
+        shown += changed.sum()
+        right += sum(kind in objects for kind, seen in zip(kinds, changed, strict=True) if seen)
+        coloured = [tuple(COLOURS)[c] for c in truth.colour[row].tolist() if 0 <= c < UNCOLOURED]
+        assert set(coloured) == {thing.colour for thing in scene.objects} - {None}
+    assert shown > 100
+    assert right > 0.95 * shown
 
 
 @pytest.mark.skipif(not FONT.exists(), reason="needs the font fonts-noto-color-emoji")
@@ -69,7 +94,12 @@ def test_every_script_runs_from_nothing_to_a_picture(tmp_path: Path) -> None:
     script("encode_latents.py", "--vae", str(build / "vae"), "--shards", shapes, "--out", latents, "--measure")
     common = ["train_unet.py", "--text", str(build), "--latents", latents, "--batch-size", "8", "--steps", "2"]
     script(*common, "--checkpoints", str(tmp_path / "unet"), "--out", str(build / "unet"))
-    fork = ["--parent", str(build / "unet"), "--cooldown", "1"]
+    script(
+        *("train_grounding.py", "--text", str(build), "--parent", str(build / "unet"), "--checkpoints", str(tmp_path / "grounding")),
+        *("--out", str(build / "grounded"), "--steps", "2", "--batch-size", "4"),
+    )
+    shutil.copytree(build / "grounded" / "t5", build / "t5", dirs_exist_ok=True)
+    fork = ["--parent", str(build / "unet"), "--conditioner", str(build / "grounded"), "--cooldown", "1"]
     script(*common, *fork, "--t-max", "500", "--checkpoints", str(tmp_path / "low"), "--out", str(build / "unet_low"))
     script(*common, *fork, "--t-min", "500", "--checkpoints", str(tmp_path / "high"), "--out", str(build / "unet_high"))
     model = tmp_path / "model"
