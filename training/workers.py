@@ -30,16 +30,21 @@ class Workers:
         return slice(self.rank, None, self.count)
 
     def average(self, parameters: Iterable[nn.Parameter], scalars: Tensor) -> Tensor:
-        """Replace each gradient by its mean over the processes, and return the means of `scalars` (n,); one message for all."""
+        """Replace each gradient by its mean over the processes, and return the means of `scalars` (n,); one message for all.
+
+        A parameter that some processes did not use, as an expert that had none of their rows, counts as zero there; one that none used keeps none.
+        """
         if self.count == 1:
             return scalars
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        joined = torch.cat([*(gradient.flatten() for gradient in gradients), scalars])
+        trained = list(parameters)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        used = scalars.new_tensor([float(p.grad is not None) for p in trained])
+        joined = torch.cat([*(gradient.flatten() for gradient in gradients), used, scalars])
         dist.all_reduce(joined)
         joined /= self.count
-        *means, scalars = joined.split([*(gradient.numel() for gradient in gradients), len(scalars)])
-        for gradient, mean in zip(gradients, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        *means, used, scalars = joined.split([*(p.numel() for p in trained), len(trained), len(scalars)])
+        for parameter, mean, share in zip(trained, means, used.tolist(), strict=True):
+            parameter.grad = mean.view_as(parameter) if share else None
         return scalars
 
 
