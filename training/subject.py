@@ -48,13 +48,16 @@ def load_subject(folder: ModelFolder, expert: str | None, device: torch.device) 
     """Load a model to train all its experts, each on the timesteps it owns, or one of them on its own and a margin.
 
     Raises:
-        UsageError: there is no expert of that name.
+        UsageError: there is no expert of that name, or it has a dot in it, which PyTorch's modules do not take.
         ModelError: weights that are missing, damaged, not those that were recorded, or do not fit.
     """
     known = {entry.name: entry for entry in folder.experts}
     if expert is not None and expert not in known:
         raise UsageError(f"--expert {expert!r} is not in {folder.name!r}; it has {', '.join(known)}.")
     entries = list(known.values()) if expert is None else [known[expert]]
+    for entry in entries:
+        if "." in entry.name:
+            raise UsageError(f"the expert {entry.name!r} has a dot in its name, which cannot be trained under it; rename it in experts.json.")
     verified(folder)
     owned = {entry.name: _timesteps(folder, entry) for entry in entries}
     if expert is not None:

@@ -292,6 +292,13 @@ def test_all_experts_are_trained_each_on_its_own_levels(ensemble_folder: Path, i
     assert (first, border, end) == (0, again, 1000)
 
 
+def test_an_expert_with_a_dot_in_its_name_is_refused(ensemble_folder: Path) -> None:
+    folder = open_folder(ensemble_folder)
+    dotted = replace(folder, experts=tuple(replace(entry, name=f"{entry.name}.1") for entry in folder.experts))
+    with pytest.raises(UsageError, match=r"'low\.1' has a dot"):
+        load_subject(dotted, None, CPU)
+
+
 def test_validation_pictures_are_drawn_with_the_weights_of_the_moment(sd1_folder: Path, index: ShardIndex, tmp_path: Path) -> None:
     seen: dict[int, Tensor] = {}
 
