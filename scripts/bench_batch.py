@@ -8,6 +8,11 @@ DPMSolverMultistepScheduler, AutoencoderDC, PNG files. "plain" draws one prompt 
 restarts its history where the expert changes. Each contender runs in a process of its own, in every round in another order; its time runs from
 the loading of the model to the last file on the disk, imports left out. Prints seconds, the ratio to ours in the same round with its range, and the
 highest memory of each process.
+
+    python scripts/bench_batch.py --swapping --prompts 48 --rounds 3
+
+draws with one part of the model in memory at a time: expert by expert through all prompts, as `batch --memory` does, against prompt by prompt, which
+loads every part for every prompt.
 """
 
 import argparse
@@ -114,6 +119,47 @@ def _betas(folder: Path) -> list[float]:
     return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["trained_betas"]
 
 
+def swapping(texts: list[str], window_bytes: int, size: int) -> tuple[float, int]:
+    """Seconds and loads of model parts that drawing without room for two parts takes, `size` prompts a batch."""
+    from tu_diffuse.batch.engine import render
+    from tu_diffuse.batch.items import make_items
+    from tu_diffuse.batch.lines import Line
+    from tu_diffuse.batch.studio import Studio
+    from tu_diffuse.pipeline.folder import open_folder
+    from tu_diffuse.pipeline.loading import choose_place
+
+    folder = open_folder(None)
+    lines = [Line(number + 1, {"prompt": text, "seed": number}, {}) for number, text in enumerate(texts)]
+    items, _ = make_items(folder, lines, defaults={}, sweep={}, circumstances={})
+    studio = Studio(folder, choose_place(), roomy=False)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as parked:
+        batches = [items[i : i + size] for i in range(0, len(items), size)]
+        drawn = list(render(studio, batches, window_bytes, Path(parked), lambda _: None))
+    assert len(drawn) == len(texts)
+    return time.perf_counter() - started, sum(studio.loads.values())
+
+
+def compare_swapping(texts: list[str], rounds: int) -> None:
+    """Run both orders in turn and print."""
+    swapping(texts[:1], 1, 1)
+    ways: dict[str, Callable[[], tuple[float, int]]] = {
+        "expert by expert": lambda: swapping(texts, 1 << 40, BATCH),
+        "expert by expert, batches of one": lambda: swapping(texts, 1 << 40, 1),
+        "prompt by prompt": lambda: swapping(texts, 1, 1),
+    }
+    results: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            results[name].append(way())
+    first = [seconds for seconds, _ in results["expert by expert"]]
+    for name, values in results.items():
+        seconds = [took for took, _ in values]
+        ratios = [took / own for took, own in zip(seconds, first, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"{name}: {values[0][1]} loads, {statistics.median(seconds):.1f} s (median), {spread} times the first")
+
+
 CONTENDERS: dict[str, Callable[[list[str], Path], float]] = {"ours": ours, "plain": theirs, "batched": batched}
 
 
@@ -149,8 +195,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--swapping", action="store_true", help="compare orders of work with one part of the model in memory")
     options = parser.parse_args()
     texts = prompts(options.prompts)
+    if options.swapping:
+        compare_swapping(texts, options.rounds)
+        return
     print(f"largest difference of the first 8 pictures: {agree(texts[:8])} of 255")
     context = multiprocessing.get_context("spawn")
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
