@@ -41,10 +41,14 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """Write `checkpoint` below `folder` and delete all but the newest `keep`; returns its folder."""
+    """Write `checkpoint` below `folder` and delete all but it and the `keep` - 1 before it; returns its folder.
+
+    Checkpoints of later steps are deleted too: they are torn ones that `load_newest` passed over.
+    """
     final = folder / f"checkpoint-{checkpoint.step:08d}"
     staged = folder / f".staged-{checkpoint.step:08d}"
-    shutil.rmtree(staged, ignore_errors=True)
+    for left in folder.glob(".staged-*"):
+        shutil.rmtree(left)
     staged.mkdir(parents=True)
     for part in _PARTS:
         tensors: dict[str, Tensor] = getattr(checkpoint, part)
@@ -58,8 +62,10 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> Path:
     shutil.rmtree(final, ignore_errors=True)
     staged.rename(final)
     sync(folder)
-    for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
-        shutil.rmtree(old)
+    before = sorted(path for path in folder.glob("checkpoint-*") if path.name < final.name)
+    later = [path for path in folder.glob("checkpoint-*") if path.name > final.name]
+    for gone in [*before[: max(0, len(before) + 1 - keep)], *later]:
+        shutil.rmtree(gone)
     return final
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
 from .batches import ahead, batch_plan, bucket_of, crop_generator, sizes_for
+from .checkpoints import load_newest
 from .config import FinetuneConfig
 from .encoded import encoded_bucket, open_source, stored_encoding
 from .encoded_members import StoredEncoding
@@ -32,6 +33,7 @@ from .result import write_result
 from .run_report import picture_name, write_report
 from .shards import ShardIndex
 from .sources import Source
+from .staging import remove_staged, write_file
 from .subject import Subject, load_subject, predictor, read_as, trained_networks
 from .tallies import noise_bins
 from .terminal_snr import with_zero_terminal_snr
@@ -120,7 +122,7 @@ def finetune(
     draw_prompts: Callable[[Path, int], None] | None = None,
     device: torch.device | None = None,
 ) -> Path:
-    """Train as planned, or go on from the newest checkpoint in `out`, and write the result.
+    """Train as planned, or go on from the newest checkpoint in `out`, and write the result; a finished run of this plan is left as it is.
 
     Args:
         plan: from `make_plan`.
@@ -138,8 +140,16 @@ def finetune(
         UsageError, ModelError, DataError, OutputError, TrainingError, InterruptedRunError: see `loop.train` and `load_subject`.
     """
     config, where = plan.config, torch.device("cpu") if device is None else device
+    if config.batch_size % workers.count:
+        raise UsageError(f"--batch-size {config.batch_size} cannot be shared equally by {workers.count} processes; take a multiple of that.")
     if (out / "model").exists():
-        raise UsageError(f"{out.name!r} holds a finished run; give another --out.")
+        if not _is_finished(plan, out):
+            raise UsageError(f"{out.name!r} holds a finished run with other options; give another --out.")
+        report(f"{out.name!r} is finished")
+        return out / "model"
+    if workers.writes:
+        for folder in (out, out / "validation"):
+            remove_staged(folder)
     subject = load_subject(plan.folder, config.expert, where)
     reading, text = read_as(plan.folder, config.expert)
     source = open_source(reading, plan.index, plan.stored, where, text)
@@ -205,21 +215,37 @@ def finetune(
     return out / "model"
 
 
+def _is_finished(plan: Plan, out: Path) -> bool:
+    found = load_newest(out / "checkpoints")
+    return found is not None and found.step == plan.config.steps and found.config["identity"] == plan.identity
+
+
+def read_batches(plan: Plan, source: Source, first: int, workers: Workers = ALONE) -> Iterator[list[tuple[int, Any]]]:
+    """This process's rows of one batch after another from micro-step `first` on, without end: sample numbers and what `source.read` returned.
+
+    Raises:
+        DataError: a sample is damaged; raised when its batch is asked for.
+    """
+    config = plan.config
+
+    def read(sample: int) -> tuple[int, Any]:
+        number = plan.trained[sample]
+        return number, source.read(number, plan.sizes[plan.bucket_of[number]], crop_generator(config.seed, number))
+
+    planned = batch_plan([plan.bucket_of[number] for number in plan.trained], config.batch_size, config.seed)
+    return ahead(read, (batch[workers.rows] for batch in islice(planned, first, None)), config.workers)
+
+
 def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, workers: Workers) -> Callable[[int], Mapping[str, Tensor]]:
     """The loss of a micro-step; its batches are read ahead, and taken up at the step that is asked for first."""
     config, precision = plan.config, getattr(torch, plan.config.precision)
     batches: Iterator[list[tuple[int, Any]]] = iter(())
     following = -1
 
-    def read(sample: int) -> tuple[int, Any]:
-        number = plan.trained[sample]
-        return number, source.read(number, plan.sizes[plan.bucket_of[number]], crop_generator(config.seed, number))
-
     def loss_at(step: int) -> Mapping[str, Tensor]:
         nonlocal batches, following
         if step != following:
-            planned = batch_plan([plan.bucket_of[number] for number in plan.trained], config.batch_size, config.seed)
-            batches = ahead(read, (batch[workers.rows] for batch in islice(planned, step, None)), config.workers)
+            batches = read_batches(plan, source, step, workers)
         following = step + 1
         samples = next(batches)
         generator = generator_for(config.seed, step)
@@ -301,9 +327,10 @@ def _observer(
             networks.load_state_dict(now, strict=False)
             path = folder / "validation.jsonl"
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] if path.exists() else []
-            path.write_text("".join(f"{line}\n" for line in [*lines, json.dumps({"step": step, **losses})]))
+            text = "".join(f"{line}\n" for line in [*lines, json.dumps({"step": step, **losses})])
+            write_file(path, lambda file: file.write_text(text))
         if draw_prompts is not None and config.prompts:
-            draft = folder / f".model-{os.getpid()}"
+            draft = folder / f".model.{os.getpid()}.staged"
             try:
                 write_result(config, plan.folder, {**networks.state_dict(), **weights}, None, draft)
                 draw_prompts(draft, step)

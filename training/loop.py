@@ -20,6 +20,7 @@ from ..errors import TrainingError, UsageError
 from .checkpoints import Checkpoint, load_newest
 from .optimizers import make_optimizer, optimizer_state, restore_optimizer
 from .saving import save_or_wait, wait_for_room
+from .staging import sync, write_file
 from .tallies import Tally, add, means, pairs_of
 from .train_config import TrainConfig, check_same_run
 from .workers import ALONE, Workers
@@ -97,7 +98,8 @@ def train(
         identity: what else makes this run the one that it is (data, model), JSON-compatible; a checkpoint of another is refused.
         resume: a run without a checkpoint is refused instead of begun.
         should_stop: asked after every step.
-        observe: called after every step with the number of steps taken and the trained weights that a result would have.
+        observe: called after every step with the number of steps taken and the trained weights that a result would have; on a resume also for the
+            step of the checkpoint, since the run may have been killed before it was called.
 
     Returns:
         A copy of `model` that holds the exponential moving average of its weights (the last weights with ema_decay None).
@@ -132,6 +134,8 @@ def train(
     if workers.writes:
         keep_log_until(log, first)
         wait_for_room(folder, parameters, average, config, report)
+    if found is not None:
+        observe(first, average or parameters)
     times: list[float] = []
     bad, saved = 0, first
     for step in range(first, config.steps):
@@ -180,6 +184,8 @@ def train(
         if last or (step + 1) % config.save_every == 0:
             saved = step + 1
             if workers.writes:
+                if log.exists():
+                    sync(log)  # no checkpoint is on the disk before the lines up to its step are
                 weights = {name: p.detach() for name, p in parameters.items()}
                 tensors, numbers = optimizer_state(optimizer, parameters)
                 state = Checkpoint(saved, weights, average, tensors, numbers, scaler.state_dict(), described, dict(tally))
@@ -201,10 +207,10 @@ def update_average(average: dict[str, Tensor], current: Mapping[str, Tensor], de
 
 
 def keep_log_until(log: Path, step: int) -> None:
-    """Drop the lines of `log` that a resumed run will write again."""
+    """Drop the lines of `log` that a resumed run will write again, and a last one that was cut short."""
     if log.exists():
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in lines))
+        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_file(log, lambda path: path.write_text("".join(lines)))
 
 
 def _with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

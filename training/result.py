@@ -1,6 +1,7 @@
 """What a fine-tuning run leaves: a model folder, and LoRA files."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from ..unet.deltas import read_expert
 from .config import FinetuneConfig
 from .expert_files import Draft, Kept, weights_for, write_model
 from .lora import Pairs, pairs_of, with_pairs, write_diffusers, write_kohya
+from .staging import write_file
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -41,13 +43,15 @@ def write_result(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[s
             dtype = next(stored.tensor.dtype for stored in read_expert(own).values())
             drafts.append(Draft(entry, weights_for(own, {name: tensor.detach().cpu().to(dtype) for name, tensor in state.items()})))
     texts = {name.removeprefix("text."): state for name, state in states.items() if name.startswith("text.")}
-    write_model(folder, drafts, target, replaced=texts, scheduler=folder.configs["scheduler"] if config.zero_terminal_snr else None)
-    if lora_to is not None and config.lora is not None:
+    if lora_to is not None and config.lora is not None:  # before the folder, which says that the run is finished
         for name, content in _lora_files(folder, {name: own for name, own in pairs.items() if own}).items():
             if config.format == "kohya":
-                write_kohya(lora_to / name, content, alpha_of(config), *_shape(folder, config.expert))
+                family, layers = _shape(folder, config.expert)
+                write = partial(write_kohya, pairs=content, alpha=alpha_of(config), family=family, layers_per_block=layers)
             else:
-                write_diffusers(lora_to / name, content, config.lora, alpha_of(config))
+                write = partial(write_diffusers, pairs=content, rank=config.lora, alpha=alpha_of(config))
+            write_file(lora_to / name, write)
+    write_model(folder, drafts, target, replaced=texts, scheduler=folder.configs["scheduler"] if config.zero_terminal_snr else None)
 
 
 def _own(config: FinetuneConfig, weights: Mapping[str, Tensor], network: str, pairs: Pairs) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A new folder, whole or not there: filled beside its place, synced, and given its name in one step."""
+"""A new folder or file, whole or not there: filled beside its place, synced, and given its name in one step."""
 
 import os
 import shutil
@@ -38,6 +38,21 @@ def staged_folder(out: Path) -> Generator[Path]:
         raise OutputError(f"--out {out.name!r} cannot be written ({error}); free space or give another place.") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def remove_staged(folder: Path) -> None:
+    """Remove the folders that a killed run left staged in `folder`, which must be of that run alone."""
+    for path in folder.glob(".*.staged"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a file beside `path`, sync it, and give it that name in one step; an older file is replaced."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
 
 
 def copy_folder(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:

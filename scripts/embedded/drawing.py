@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-from stickers import GLYPHS
+from stickers import FLAG, GLYPHS
 
 SIDE = 128
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # where Debian's fonts-noto-color-emoji puts it
@@ -121,8 +121,20 @@ def mask(shape: str, px: int) -> Mask:
     return (np.asarray(image.resize(size, Image.Resampling.BOX), dtype=np.float32) / np.float32(255))[..., None]
 
 
+def _flag() -> Image.Image:
+    """Three stripes on a pole: the object of the fine-tune example, which the embedded model has never seen and which needs no font."""
+    image = Image.new("RGBA", (176, 192))
+    draw = ImageDraw.Draw(image)
+    for stripe, colour in enumerate(("red", "yellow", "blue")):
+        draw.rectangle((16, 8 + 40 * stripe, 175, 47 + 40 * stripe), fill=COLOURS[colour])
+    draw.rectangle((0, 0, 19, 191), fill=COLOURS["black"])
+    return image
+
+
 @functools.cache
 def _glyph(name: str) -> Image.Image:
+    if name == FLAG:
+        return _flag()
     font = ImageFont.truetype(str(FONT), FONT_PX)
     image = Image.new("RGBA", (180, 180))
     ImageDraw.Draw(image).text((20, 20), GLYPHS[name], font=font, embedded_color=True)

@@ -39,3 +39,4 @@ def _parse(table: str) -> tuple[dict[str, str], dict[str, str]]:
 
 GLYPHS, NATURAL_COLOUR = _parse(_TABLE)
 STICKERS: tuple[str, ...] = tuple(GLYPHS)
+FLAG = "flag"  # not one of them: what the fine-tune example teaches

@@ -21,11 +21,12 @@ import numpy as np
 from drawing import BACKGROUNDS, COLOURS, PLAIN, SHAPES, SIDE, Picture, background, mask, sticker, visible
 from phrasing import all_captions, captions, document
 from scenes import INVERSE, PLACES, SIZES, Object, Scene
-from stickers import STICKERS
+from stickers import FLAG, STICKERS
 
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "FLAG",
     "INVERSE",
     "PLACES",
     "SHAPES",
@@ -78,6 +79,7 @@ _FIRST_COLOURS = tuple(COLOURS)[:8]
 STAGES: dict[str, Stage] = {
     "shapes": Stage("shapes", _FIRST_COLOURS, (), tuple(PLAIN), two=0.6, counts=0.0),
     "stickers": Stage("stickers", _FIRST_COLOURS, STICKERS[:12], BACKGROUNDS, two=0.6, counts=0.0, sticker=0.45),
+    "flag": Stage("flag", _FIRST_COLOURS, (FLAG,), BACKGROUNDS, two=0.4, counts=0.0, sticker=0.5),
     "full": Stage("full", tuple(COLOURS), STICKERS, BACKGROUNDS, two=0.5, counts=0.15, sticker=0.6),
 }
 
