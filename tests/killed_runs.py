@@ -23,7 +23,13 @@ from tu_diffuse.training.checkpoints import load_newest
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["peft", "tu_diffuse.cli.main", "tu_diffuse.training.finetune", *(f"tu_diffuse.pipeline.{name}" for name in ("previews", "text_to_image"))]
+    [
+        "peft",
+        "bitsandbytes",
+        "tu_diffuse.cli.main",
+        "tu_diffuse.training.finetune",
+        *(f"tu_diffuse.pipeline.{name}" for name in ("previews", "text_to_image")),
+    ]
 )
 
 
