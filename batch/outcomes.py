@@ -1,0 +1,171 @@
+"""What became of the items of a plan, as people are shown it: by contact sheet and gallery."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..pipeline.folder import EMBEDDED, ModelFolder
+from ..pipeline.request import Request, resolve
+from .items import Item
+from .journal import Entry, read_journal
+from .plan import Plan
+
+Value = str | int | float
+
+_TUNED = (
+    "negative",
+    "width",
+    "height",
+    "steps",
+    "sampler",
+    "schedule",
+    "sigmas",
+    "eta",
+    "guidance",
+    "guidance_rescale",
+    "guidance_interval",
+    "apg",
+    "dynamic_threshold",
+    "strict",
+)
+_OFF = ("none", "off", 0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An item and what became of it.
+
+    Attributes:
+        item: what was asked for.
+        entry: its last line in the journal; None while it is not drawn, or where its picture has gone.
+        settings: name -> value of all that decides the picture but prompt and model, and `score` where there is one; "none" and "off" for
+            what is not used.
+    """
+
+    item: Item
+    entry: Entry | None
+    settings: Mapping[str, Value]
+
+    @property
+    def file(self) -> str | None:
+        """Its picture, relative to the folder; None where there is none."""
+        return None if self.entry is None else self.entry.file
+
+    @property
+    def error(self) -> str | None:
+        """Why it failed; None if it did not."""
+        return None if self.entry is None else self.entry.error
+
+
+def outcomes(folder: ModelFolder, plan: Plan, out: Path) -> list[Outcome]:
+    """What is known of each item that is asked for, in the order of the prompt file."""
+    written = read_journal(out)
+    found: list[Outcome] = []
+    for planned in sorted(plan.wanted, key=lambda planned: planned.item.line):
+        entry = written.get(planned.item.key)
+        if entry is not None and entry.file is not None and not (out / entry.file).is_file():
+            entry = None
+        found.append(Outcome(planned.item, entry, _settings(folder, planned.item, entry)))
+    return found
+
+
+def common_settings(found: Iterable[Outcome]) -> dict[str, Value]:
+    """The settings that are the same in all outcomes, without those that are off in all."""
+    first, *others = (outcome.settings for outcome in found)
+    return {name: value for name, value in first.items() if value not in _OFF and all(other.get(name) == value for other in others)}
+
+
+def own_settings(found: Iterable[Outcome]) -> list[str]:
+    """Names of the settings that differ between outcomes."""
+    first, *others = (outcome.settings for outcome in found)
+    names = dict.fromkeys(name for settings in (first, *others) for name in settings)
+    return [name for name in names if any(other.get(name) != first.get(name) for other in others)]
+
+
+def shared_arguments(folder: ModelFolder, **circumstances: str) -> list[str]:
+    """The arguments of `generate` that all pictures of a run share: the model by its folder's name (paths stay private), and what is not "auto"."""
+    model = [] if folder.path == EMBEDDED else ["--model", folder.name]
+    return model + [part for name, value in circumstances.items() if value != "auto" for part in (f"--{name}", value)]
+
+
+def generate_command(folder: ModelFolder, item: Item, shared: Sequence[str]) -> str:
+    """The command that makes an item's picture, for a POSIX shell: everything that is not the model's default is said.
+
+    Pixels are those of the batch within 2 of 255; `replay` draws the picture in its batch's company again.
+
+    Args:
+        folder: the model.
+        item: of the batch.
+        shared: from `shared_arguments`.
+    """
+    request = item.request
+    neutral = replace(request, prompt="-", negative="", seeds=(0,))
+    options = [part for name in _told(folder, neutral) for part in _argument(name, getattr(request, name))]
+    negative = ["--negative", request.negative] if request.negative else []
+    picture_format = [] if item.picture_format == "png" else ["--format", item.picture_format]
+    tail = [*negative, "--seed", str(item.seed), *options, *picture_format, *shared]
+    if request.prompt == "-":  # which generate takes for standard input
+        return f"echo - | {shlex.join(['tu-diffuse', 'generate', '-', *tail])}"
+    if request.prompt.startswith("-"):
+        return shlex.join(["tu-diffuse", "generate", *tail, "--", request.prompt])
+    return shlex.join(["tu-diffuse", "generate", request.prompt, *tail])
+
+
+@lru_cache(maxsize=1024)
+def _told(folder: ModelFolder, request: Request) -> tuple[str, ...]:
+    """The options that `resolve` must be given to come to a request."""
+    given: dict[str, Any] = {name: getattr(request, name) for name in _TUNED}
+    if request.sigmas is not None:
+        del given["schedule"], given["steps"]
+    if request.expert_guidance:
+        del given["guidance"]
+    for name in list(given):
+        fewer = {other: value for other, value in given.items() if other != name}
+        if resolve(folder, request.prompt, request.seeds, **fewer) == request:
+            given = fewer
+    return tuple(given)
+
+
+def _argument(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [option]
+    parts = value if isinstance(value, tuple) else (value,)
+    return [option, ",".join(part if isinstance(part, str) else repr(part).removesuffix(".0") for part in parts)]
+
+
+def _settings(folder: ModelFolder, item: Item, entry: Entry | None) -> dict[str, Value]:
+    request = item.request
+    own_scale = request.expert_guidance and any(expert.guidance is not None for expert in folder.experts)
+    values: dict[str, Any] = {
+        "seed": item.seed,
+        "size": f"{request.width}×{request.height}",
+        "steps": request.steps,
+        "sampler": request.sampler,
+        "schedule": request.schedule,
+        "sigmas": request.sigmas,
+        "guidance": "the experts’" if own_scale else request.guidance,
+        "guidance rescale": request.guidance_rescale,
+        "guidance interval": request.guidance_interval,
+        "apg": request.apg,
+        "dynamic threshold": request.dynamic_threshold,
+        "eta": request.eta,
+        "negative": request.negative or None,
+        "format": item.picture_format,
+    }
+    if entry is not None and entry.score is not None:
+        values["score"] = entry.score
+    return {name: _shown(value) for name, value in values.items()}
+
+
+def _shown(value: Any) -> Value:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(f"{part:g}" for part in value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
