@@ -1,12 +1,15 @@
 """What became of the items of a plan, as people are shown it: by contact sheet and gallery."""
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import UsageError
 from ..pipeline.folder import EMBEDDED, ModelFolder
 from ..pipeline.request import Request, resolve
 from .items import Item
@@ -16,7 +19,6 @@ from .plan import Plan
 Value = str | int | float
 
 _TUNED = (
-    "negative",
     "width",
     "height",
     "steps",
@@ -31,7 +33,7 @@ _TUNED = (
     "dynamic_threshold",
     "strict",
 )
-_OFF = ("none", "off", 0)
+_OFF = ("none", "off")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ class Outcome:
 
 
 def outcomes(folder: ModelFolder, plan: Plan, out: Path) -> list[Outcome]:
-    """What is known of each item that is asked for, in the order of the prompt file."""
+    """What is known of each item that is asked for, in the order of the prompt file; of a line, seed after seed."""
     written = read_journal(out)
     found: list[Outcome] = []
-    for planned in sorted(plan.wanted, key=lambda planned: planned.item.line):
+    for planned in sorted(plan.wanted, key=lambda planned: (planned.item.line, planned.item.seed)):
         entry = written.get(planned.item.key)
         if entry is not None and entry.file is not None and not (out / entry.file).is_file():
             entry = None
@@ -72,17 +74,15 @@ def outcomes(folder: ModelFolder, plan: Plan, out: Path) -> list[Outcome]:
     return found
 
 
-def common_settings(found: Iterable[Outcome]) -> dict[str, Value]:
-    """The settings that are the same in all outcomes, without those that are off in all."""
-    first, *others = (outcome.settings for outcome in found)
-    return {name: value for name, value in first.items() if value not in _OFF and all(other.get(name) == value for other in others)}
+def usual_settings(found: Sequence[Outcome]) -> dict[str, Value]:
+    """The settings that more than half of the outcomes have; captions name what differs from them."""
+    counts = Counter(setting for outcome in found for setting in outcome.settings.items())
+    return {name: value for (name, value), times in counts.items() if times > len(found) / 2}
 
 
-def own_settings(found: Iterable[Outcome]) -> list[str]:
-    """Names of the settings that differ between outcomes."""
-    first, *others = (outcome.settings for outcome in found)
-    names = dict.fromkeys(name for settings in (first, *others) for name in settings)
-    return [name for name in names if any(other.get(name) != first.get(name) for other in others)]
+def head_line(folder: ModelFolder, usual: Mapping[str, Value]) -> list[tuple[str, Value]]:
+    """Model and usual settings, without those that are off."""
+    return [("model", folder.name), *((name, value) for name, value in usual.items() if value not in _OFF)]
 
 
 def shared_arguments(folder: ModelFolder, **circumstances: str) -> list[str]:
@@ -91,19 +91,23 @@ def shared_arguments(folder: ModelFolder, **circumstances: str) -> list[str]:
     return model + [part for name, value in circumstances.items() if value != "auto" for part in (f"--{name}", value)]
 
 
-def generate_command(folder: ModelFolder, item: Item, shared: Sequence[str]) -> str:
-    """The command that makes an item's picture, for a POSIX shell: everything that is not the model's default is said.
+def generate_commands(folder: ModelFolder, items: Iterable[Item], shared: Sequence[str]) -> list[str]:
+    """For each item the command that makes its picture, for a POSIX shell: everything that is not the model's default is said.
 
-    Pixels are those of the batch within 2 of 255; `replay` draws the picture in its batch's company again.
+    Its pixels are those of the batch within 2 of 255; `replay` draws the picture in its batch's company again.
 
     Args:
         folder: the model.
-        item: of the batch.
+        items: of the batch.
         shared: from `shared_arguments`.
     """
+    told = cache(partial(_told, folder))
+    return [_command(item, told(replace(item.request, prompt="-", negative="", seeds=(0,))), shared) for item in items]
+
+
+def _command(item: Item, told: Iterable[str], shared: Sequence[str]) -> str:
     request = item.request
-    neutral = replace(request, prompt="-", negative="", seeds=(0,))
-    options = [part for name in _told(folder, neutral) for part in _argument(name, getattr(request, name))]
+    options = [part for name in told for part in _argument(name, getattr(request, name))]
     negative = ["--negative", request.negative] if request.negative else []
     picture_format = [] if item.picture_format == "png" else ["--format", item.picture_format]
     tail = [*negative, "--seed", str(item.seed), *options, *picture_format, *shared]
@@ -114,7 +118,6 @@ def generate_command(folder: ModelFolder, item: Item, shared: Sequence[str]) -> 
     return shlex.join(["tu-diffuse", "generate", request.prompt, *tail])
 
 
-@lru_cache(maxsize=1024)
 def _told(folder: ModelFolder, request: Request) -> tuple[str, ...]:
     """The options that `resolve` must be given to come to a request."""
     given: dict[str, Any] = {name: getattr(request, name) for name in _TUNED}
@@ -124,8 +127,9 @@ def _told(folder: ModelFolder, request: Request) -> tuple[str, ...]:
         del given["guidance"]
     for name in list(given):
         fewer = {other: value for other, value in given.items() if other != name}
-        if resolve(folder, request.prompt, request.seeds, **fewer) == request:
-            given = fewer
+        with suppress(UsageError):  # what is left may contradict each other
+            if resolve(folder, request.prompt, request.seeds, **fewer) == request:
+                given = fewer
     return tuple(given)
 
 
@@ -148,7 +152,7 @@ def _settings(folder: ModelFolder, item: Item, entry: Entry | None) -> dict[str,
         "schedule": request.schedule,
         "sigmas": request.sigmas,
         "guidance": "the experts’" if own_scale else request.guidance,
-        "guidance rescale": request.guidance_rescale,
+        "guidance rescale": request.guidance_rescale or None,
         "guidance interval": request.guidance_interval,
         "apg": request.apg,
         "dynamic threshold": request.dynamic_threshold,

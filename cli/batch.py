@@ -113,10 +113,13 @@ def batch(
     which = _part(part)
 
     from ..batch.estimate import expect
+    from ..batch.gallery import write_gallery
     from ..batch.items import make_items
     from ..batch.journal import only_run
+    from ..batch.outcomes import shared_arguments
     from ..batch.plan import extend, load_plan, save_plan
     from ..batch.run import draw_missing, settle, summarise
+    from ..batch.sheet import write_sheet
     from ..batch.studio import Studio, memory_budget, model_bytes
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_place
@@ -151,6 +154,8 @@ def batch(
                 reporter.entry(entry)
         finally:
             summary = summarise(plan, out, blocked, drawn, started, studio.loads)
+            write_sheet(folder, plan, out)
+            write_gallery(folder, plan, out, problems=problems, shared=shared_arguments(folder, dtype=dtype, device=device, attention=attention))
             reporter.summary(summary)
     if summary.failed or summary.blocked:
         raise typer.Exit(1)
