@@ -3,6 +3,8 @@
 plan.json       which items form which batch, under which names (plan.py)
 journal.jsonl   what became of each item (journal.py)
 summary.json    counts of the last run
+
+Beside them lie contact-sheet.png (sheet.py) and gallery.html (gallery.py).
 """
 
 import json

@@ -84,7 +84,8 @@ def batch(
     """Draw a file of prompts into a folder.
 
     Run the same command again to go on: what is there is kept, what is missing is drawn, with the pixels of a run that went through. Good lines are
-    drawn even when others are bad; the bad ones are listed with line and column, and the exit code is 1.
+    drawn even when others are bad; the bad ones are listed with line and column, and the exit code is 1. To look at the pictures, open gallery.html
+    in the folder, or its contact sheets.
 
     Examples:
 

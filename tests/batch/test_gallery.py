@@ -179,12 +179,17 @@ def test_the_command_is_copied(visit: Open, items: Any, ensemble: ModelFolder):
 
 @needs_chromium
 def test_what_failed_is_listed_with_its_reason(visit: Open, items: Any):
-    page = visit(items("good", "bad <b>one</b>"), failed={1: "<i>not finite</i>"}, problems=(Problem(3, 7, "steps 'x' cannot be used"),))
-    assert page.inner_text("#counts") == "1 picture · 1 failed"
+    made = items({"prompt": "good", "count": 1}, "bad <b>one</b>", {"prompt": "worse", "count": 2})
+    page = visit(made, failed={1: "<i>not finite</i>", 2: "no memory", 3: "no memory"}, problems=(Problem(4, 7, "steps 'x' cannot be used"),))
+    assert page.inner_text("#counts") == "1 picture · 3 failed"
     page.click("#failures summary")
-    assert page.inner_text("#failures summary") == "1 picture failed, 1 problem in the prompt file"
+    assert page.inner_text("#failures summary") == "3 pictures failed, 1 problem in the prompt file"
     told = [entry.locator("p").all_text_contents() for entry in page.locator("#failures li").all()]
-    assert told == [["<i>not finite</i>", "line 2: bad <b>one</b>"], ["column 7: steps 'x' cannot be used", "line 3"]]
+    assert told == [
+        ["<i>not finite</i>", "line 2: bad <b>one</b>"],
+        ["no memory", "line 3, 2 pictures: worse"],
+        ["column 7: steps 'x' cannot be used", "line 4"],
+    ]
 
 
 @needs_chromium
