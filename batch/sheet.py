@@ -26,6 +26,7 @@ PER_PAGE = 100
 _WIDTH, _MARGIN, _GAP = 1600, 32, 24
 _LEAST, _MOST = 160, 256  # side of the squares that pictures are fitted into
 _LINES = 3
+_REASON = 120  # least height of a frame
 _PAPER, _INK, _FAINT, _FRAME, _FAILED = "#ffffff", "#1c1c1c", "#767676", "#d8d8d8", "#a3392f"
 _TITLE, _PROMPT, _DETAIL = Lettering(15), Lettering(13), Lettering(12)
 _FOOT = "Empty boxes stand for characters that no font of this machine has."
@@ -40,7 +41,7 @@ class _Tile:
         file: of the picture; None for one that failed.
         changed: when the file was, in nanoseconds.
         reason: of failure.
-        size: (width, height) of the picture on the page.
+        size: (width, height) of the picture on the page, or of the frame.
         prompt: what it should show.
         details: line and unusual settings.
     """
@@ -124,12 +125,13 @@ def _pages(folder: ModelFolder, all_outcomes: Sequence[Outcome], out: Path) -> I
 def _tile(outcome: Outcome, usual: Mapping[str, Value], side: int, out: Path) -> _Tile:
     request = outcome.item.request
     share = min(1.0, side / max(request.width, request.height))
+    width, height = max(1, round(request.width * share)), max(1, round(request.height * share))
     details = [f"line {outcome.item.line}", *(_said(name, value) for name, value in outcome.settings.items() if usual.get(name) != value)]
     return _Tile(
         file=outcome.file,
         changed=0 if outcome.file is None else (out / outcome.file).stat().st_mtime_ns,
         reason=outcome.error or "",
-        size=(max(1, round(request.width * share)), max(1, round(request.height * share))),
+        size=(width, height) if outcome.error is None else (side, max(height, _REASON)),
         prompt=request.prompt,
         details=" · ".join(details),
     )

@@ -74,10 +74,9 @@ def test_failures_are_frames_with_the_reason_and_what_is_not_drawn_is_left_out(t
     assert written[0] == "1 picture · 1 failed"
     assert "second" in written
     assert "third" not in written
-    reason = written[written.index("second") - 1]  # the frame of a small picture has room for one line
-    assert MESSAGE.startswith(reason.rstrip("…"))
-    assert len(reason) > 10
-    assert areas(page)[(216, 216, 216)] > 4 * SIDE - 8  # the frame
+    end = written.index("second")
+    assert MESSAGE in " ".join(written[end - 4 : end])
+    assert areas(page)[(216, 216, 216)] > 4 * SIDE - 8  # its lines
 
 
 def test_sizes_are_mixed_never_enlarged_and_never_stretched(tmp_path: Path, ensemble: ModelFolder, items: Any):
