@@ -9,13 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tu_diffuse.batch.run
 import typer
 from picture_folders import picture_folder
-from playwright.sync_api import Browser, Page, sync_playwright
 from tu_diffuse.batch.gallery import write_gallery
 from tu_diffuse.batch.items import Item
 from tu_diffuse.batch.lines import Problem
@@ -24,6 +23,9 @@ from tu_diffuse.cli.generate import _numbers, _pair
 from tu_diffuse.cli.main import app, run
 from tu_diffuse.pipeline.folder import EMBEDDED, ModelFolder
 from tu_diffuse.pipeline.request import resolve
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's package chromium")
@@ -39,25 +41,25 @@ HOSTILE = (
     "--help",
     "two\nlines\tand 'quotes' \"both\" 赤い星 ⭐",
 )
-Open = Callable[..., Page]
+Open = Callable[..., "Page"]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
+def browser() -> "Iterator[Browser]":
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def visit(browser: Browser, tmp_path: Path, ensemble: ModelFolder) -> Iterator[Open]:
+def visit(browser: "Browser", tmp_path: Path, ensemble: ModelFolder) -> Iterator[Open]:
     """Write the gallery of a folder and open it; at the end, nothing but files was asked for and nothing was complained about."""
     context = browser.new_context(viewport={"width": 1100, "height": 800}, permissions=["clipboard-read", "clipboard-write"])
     told: list[str] = []
     asked: list[str] = []
 
-    def open_(items: list[Item], problems: tuple[Problem, ...] = (), **entries: Any) -> Page:
+    def open_(items: list[Item], problems: tuple[Problem, ...] = (), **entries: Any) -> "Page":
         plan = picture_folder(tmp_path, items, **entries)
         path = write_gallery(ensemble, plan, tmp_path, problems=problems, shared=["--dtype", "bfloat16"])
         page = context.new_page()
@@ -75,11 +77,11 @@ def visit(browser: Browser, tmp_path: Path, ensemble: ModelFolder) -> Iterator[O
     assert all(url.startswith(f"file://{tmp_path}/") for url in asked)
 
 
-def captions(page: Page) -> list[str]:
+def captions(page: "Page") -> list[str]:
     return page.locator("#grid figcaption").all_inner_texts()
 
 
-def prompts(page: Page) -> list[str]:
+def prompts(page: "Page") -> list[str]:
     return page.locator("#grid .prompt").all_text_contents()
 
 
@@ -206,7 +208,7 @@ def test_prompts_cannot_act(visit: Open, items: Any):
 
 
 @needs_chromium
-def test_the_policy_stops_what_would_get_in(browser: Browser, tmp_path: Path, ensemble: ModelFolder, items: Any):
+def test_the_policy_stops_what_would_get_in(browser: "Browser", tmp_path: Path, ensemble: ModelFolder, items: Any):
     path = write_gallery(ensemble, picture_folder(tmp_path, items("a")), tmp_path, problems=(), shared=[])
     page, asked = browser.new_page(), list[str]()
     page.on("requestfinished", lambda request: asked.append(request.url))
