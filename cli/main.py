@@ -12,6 +12,7 @@ import typer
 
 from .. import __version__
 from ..errors import TuDiffuseError
+from .average import average
 from .batch import batch
 from .doctor import doctor
 from .experts import app as experts
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command(epilog=EXIT_CODES)(generate)
 app.command(epilog=EXIT_CODES)(batch)
 app.command(epilog=EXIT_CODES)(finetune)
+app.command(epilog=EXIT_CODES)(average)
 app.command(epilog=EXIT_CODES)(info)
 app.command(epilog=EXIT_CODES)(replay)
 app.command(epilog=EXIT_CODES)(doctor)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import DataError
 from .staging import sync
 
-_PARTS = ("model", "average", "optimizer")
+_PARTS = ("model", "average", "power_averages", "optimizer")
 _STATE = ("step", "numbers", "scaler", "config", "tally")
 
 
@@ -26,13 +26,15 @@ _STATE = ("step", "numbers", "scaler", "config", "tally")
 class Checkpoint:
     """The state after `step` steps.
 
-    Trained weights, their moving average, the optimizer's tensors and other values by parameter name, the state of the loss scale (empty without
-    one), the run's config, and the sums and counts that wait for the next line of the log.
+    Trained weights, their moving average, those of `posthoc.power_averages` (both empty where none is kept), the optimizer's tensors and other
+    values by parameter name, the state of the loss scale (empty without one), the run's config, and the sums and counts that wait for the next line
+    of the log.
     """
 
     step: int
     model: dict[str, Tensor]
     average: dict[str, Tensor]
+    power_averages: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     numbers: Mapping[str, float]
     scaler: dict[str, Any]
@@ -79,9 +81,11 @@ def load_newest(folder: Path, report: Callable[[str], None] | None = None) -> Ch
     for candidate in candidates:
         if _is_whole(candidate):
             state = json.loads((candidate / "state.json").read_text())
-            model, average, optimizer = (load_file(candidate / f"{part}.safetensors") for part in _PARTS)
+            files = {part: candidate / f"{part}.safetensors" for part in _PARTS}
+            tensors = {part: load_file(file) if file.exists() else {} for part, file in files.items()}
             tally = {name: (total, count) for name, (total, count) in state.get("tally", {}).items()}
-            return Checkpoint(state["step"], model, average, optimizer, state.get("numbers", {}), state.get("scaler", {}), state["config"], tally)
+            told = {"step": state["step"], "numbers": state.get("numbers", {}), "scaler": state.get("scaler", {}), "config": state["config"]}
+            return Checkpoint(**tensors, **told, tally=tally)
         if report is not None:
             report(f"{candidate.name} is damaged and passed over for the one before it")
     if candidates:

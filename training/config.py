@@ -42,6 +42,7 @@ class FinetuneConfig:
         clip_dropout: chance that it loses CLIP's.
         t5_dropout: chance that it loses T5's.
         ema: decay of the averaged weights; None saves the last ones.
+        ema_posthoc: steps between snapshots of two averages, of which `averaging.average_run` makes others; None keeps none.
         optimizer: see `optimizers.make_optimizer`.
         weight_decay: of the optimizer.
         max_grad_norm: longer gradients are scaled down to it.
@@ -83,6 +84,7 @@ class FinetuneConfig:
     clip_dropout: float = 0.0
     t5_dropout: float = 0.0
     ema: float | None = None
+    ema_posthoc: int | None = None
     optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -132,6 +134,7 @@ _AT_LEAST: dict[str, float] = {
     "weight_decay": 0,
     "workers": 0,
     "validate_every": 1,
+    "ema_posthoc": 1,
     "threads": 1,
 }
 _ABOVE_ZERO = ("lr", "lora_alpha", "min_snr", "max_grad_norm")

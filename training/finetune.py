@@ -1,6 +1,6 @@
 """Fine-tuning, from a model folder and shards to a model folder: index, split, batches, steps, validation, result.
 
-out/checkpoints/    the newest two checkpoints and losses.jsonl
+out/checkpoints/    the newest two checkpoints, losses.jsonl, and averages/ for `averaging.py`
 out/validation/     the loss on held-out samples (validation.jsonl) and pictures of the prompts
 out/report.html     curves and validation pictures, also as report.png; written at each validation
 out/model/          the result, an ordinary model folder
@@ -185,6 +185,7 @@ def finetune(
         max_grad_norm=config.max_grad_norm,
         loss_scaling=config.precision == "float16",
         ema_decay=config.ema,
+        snapshot_every=config.ema_posthoc,
         seed=config.seed,
         save_every=config.save_every,
         log_every=min(20, config.steps),

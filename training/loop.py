@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError, UsageError
-from .checkpoints import Checkpoint, load_newest
+from .checkpoints import Checkpoint, load_newest, save
 from .optimizers import make_optimizer, optimizer_state, restore_optimizer
+from .posthoc import drop_snapshots_after, power_averages, update_power_averages, write_snapshots
 from .saving import save_or_wait, wait_for_room
 from .staging import sync, write_file
 from .tallies import Tally, add, means, pairs_of
@@ -92,7 +94,7 @@ def train(
         model: holds every parameter to be trained, float32.
         loss_at: computes the loss of a micro-step with `model`; step · accumulate + k is the k-th of a step.
         config: how to optimise.
-        folder: receives checkpoints and `losses.jsonl`.
+        folder: receives checkpoints, `losses.jsonl`, and in `averages` the snapshots of `posthoc`.
         report: called with a `Logged` every `config.log_every` steps, and with a line of text when something is amiss.
         workers: the processes that train together; each one's `loss_at` sees its own share of the batch.
         identity: what else makes this run the one that it is (data, model), JSON-compatible; a checkpoint of another is refused.
@@ -116,6 +118,8 @@ def train(
     scaler = torch.amp.GradScaler(next(iter(parameters.values())).device.type, enabled=config.loss_scaling)
     described = {**asdict(config), "betas": list(config.betas), "identity": dict(identity or {})}
     average = {} if config.ema_decay is None else {name: p.detach().clone() for name, p in parameters.items()}
+    powers = {} if config.snapshot_every is None else power_averages(parameters)
+    start = {} if config.snapshot_every is None else {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
     first, tally = 0, Tally()
     found = load_newest(folder, report if workers.writes else None)
     if found is None and resume:
@@ -125,6 +129,7 @@ def train(
         first, tally = found.step, dict(found.tally)
         model.load_state_dict(found.model, strict=False)
         average = {name: found.average[name].to(tensor.device) for name, tensor in average.items()}
+        powers = {name: found.power_averages[name].to(tensor.device) for name, tensor in powers.items()}
         restore_optimizer(optimizer, parameters, found.optimizer, found.numbers)
         scaler.load_state_dict(found.scaler)
         if workers.writes:
@@ -133,7 +138,8 @@ def train(
     log = folder / "losses.jsonl"
     if workers.writes:
         keep_log_until(log, first)
-        wait_for_room(folder, parameters, average, config, report)
+        drop_snapshots_after(folder / "averages", first)
+        wait_for_room(folder, parameters, average | powers, first, config, report)
     if found is not None:
         observe(first, average or parameters)
     times: list[float] = []
@@ -172,6 +178,7 @@ def train(
                 f"{NAN_STEPS} steps in a row up to step {step + 1} were not finite; a lower learning rate, float32 or other data is needed; "
                 f"the checkpoint of step {saved} is whole."
             )
+        update_power_averages(powers, parameters, step + 1)
         times.append(time.monotonic() - started)
         if workers.writes and ((step + 1) % config.log_every == 0 or step + 1 == config.steps):
             line = {**means(tally), "lr": config.learning_rate(step)}
@@ -180,6 +187,8 @@ def train(
             report(Logged(step + 1, config.steps, line, sum(times) / len(times)))
             tally.clear()
             times.clear()
+        if workers.writes and config.snapshot_due(step + 1):
+            save_or_wait(partial(write_snapshots, folder / "averages", powers, start, step + 1, described), step + 1, config, report)
         last = step + 1 == config.steps or stopping > 0
         if last or (step + 1) % config.save_every == 0:
             saved = step + 1
@@ -188,8 +197,8 @@ def train(
                     sync(log)  # no checkpoint is on the disk before the lines up to its step are
                 weights = {name: p.detach() for name, p in parameters.items()}
                 tensors, numbers = optimizer_state(optimizer, parameters)
-                state = Checkpoint(saved, weights, average, tensors, numbers, scaler.state_dict(), described, dict(tally))
-                save_or_wait(folder, state, config, report)
+                state = Checkpoint(saved, weights, average, powers, tensors, numbers, scaler.state_dict(), described, dict(tally))
+                save_or_wait(partial(save, folder, state), saved, config, report)
         observe(step + 1, average or parameters)
         if stopping > 0 and step + 1 < config.steps:
             raise InterruptedRunError(f"stopped after step {step + 1} of {config.steps}")

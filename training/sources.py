@@ -130,6 +130,14 @@ def text_features(parts: TextParts, captions: Sequence[str]) -> dict[str, Tensor
     return {"tokens": encoded.tokens, "pooled": encoded.pooled}
 
 
+def text_networks(parts: TextParts) -> dict[str, nn.Module]:
+    """The text encoders and the conditioner of a model, by component."""
+    if isinstance(parts, ClipT5Part):
+        return {"text_encoder": parts.clip.model, "text_encoder_2": parts.t5.model, "conditioner": parts.conditioner}
+    towers = (parts, None) if isinstance(parts, ClipPart) else parts
+    return {name: tower.model for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True) if tower is not None}
+
+
 @dataclass(frozen=True, eq=False)
 class PictureSource:
     """Pictures and captions, encoded when they are needed: the VAE and the text encoders are in memory and run at every step."""
@@ -143,10 +151,7 @@ class PictureSource:
     @property
     def networks(self) -> Mapping[str, nn.Module]:
         """See `Source`."""
-        if isinstance(self.parts, ClipT5Part):
-            return {"text_encoder": self.parts.clip.model, "text_encoder_2": self.parts.t5.model, "conditioner": self.parts.conditioner}
-        towers = (self.parts, None) if isinstance(self.parts, ClipPart) else self.parts
-        return {name: tower.model for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True) if tower is not None}
+        return text_networks(self.parts)
 
     def read(self, number: int, size: tuple[int, int], cut: torch.Generator | None) -> tuple[Fitted, str]:
         """See `Source`."""

@@ -27,6 +27,7 @@ class TrainConfig:
         accumulate: micro-steps whose gradients are averaged into one step.
         loss_scaling: scale the loss so that float16 gradients neither vanish nor overflow (Micikevicius et al. 2018, arXiv 1710.03740).
         ema_decay: of the averaged weights; None keeps no average, the result is then the last weights.
+        snapshot_every: steps between snapshots of the averages of `posthoc`; None keeps neither.
         when_full: what to do when the disk has no room for a checkpoint: "stop", or "wait" until there is.
     """
 
@@ -42,6 +43,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     loss_scaling: bool = False
     ema_decay: float | None = 0.999
+    snapshot_every: int | None = None
     seed: int = 0
     save_every: int = 500
     log_every: int = 20
@@ -59,6 +61,10 @@ class TrainConfig:
             case "sqrt":
                 falling = 1 - math.sqrt(1 - left)
         return self.lr * rising * falling
+
+    def snapshot_due(self, step: int) -> bool:
+        """Whether a snapshot is written after 1-based `step`: every `snapshot_every` steps, and at the end."""
+        return self.snapshot_every is not None and (step % self.snapshot_every == 0 or step == self.steps)
 
 
 def check_same_run(found: Checkpoint, config: TrainConfig, described: Mapping[str, Any]) -> None:

@@ -9,35 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_training import CONFIG, DATA, run
 from tu_diffuse.errors import DataError, OutputError, TrainingError, UsageError
 from tu_diffuse.training import checkpoints
 from tu_diffuse.training.checkpoints import load_newest
-from tu_diffuse.training.loop import InterruptedRunError, batch_indices, generator_for, train, update_average
+from tu_diffuse.training.loop import InterruptedRunError, batch_indices, train, update_average
 from tu_diffuse.training.train_config import TrainConfig
-
-CONFIG = TrainConfig(steps=12, lr=0.05, warmup=3, cooldown=4, save_every=4, log_every=2, seed=5)
-DATA = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
-
-
-def run(folder: Path, config: TrainConfig = CONFIG, stop_at: int | None = None, told_at: int | None = None) -> tuple[nn.Module, nn.Module]:
-    """Train a small network to predict a noisy function of its input.
-
-    `stop_at` kills the run at the start of that step, `told_at` tells it during that step to stop after it.
-    """
-    torch.manual_seed(0)
-    last: list[int] = []
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        if step == stop_at:
-            raise KeyboardInterrupt
-        last[:] = [step]
-        generator = generator_for(config.seed, step)
-        rows = DATA[batch_indices(len(DATA), 8, config.seed, step)]
-        target = rows.sum(1, keepdim=True).sin() + 0.1 * torch.randn(8, 1, generator=generator)
-        return {"loss": (model(rows) - target).square().mean()}
-
-    return model, train(model, loss_at, config, folder, lambda line: None, should_stop=lambda: last == [told_at])
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
@@ -214,7 +191,7 @@ def test_a_full_disk_stops_the_run_with_the_checkpoint_before_intact(tmp_path: P
 
     def full(tensors: dict[str, Tensor], path: Path) -> None:
         calls.append(1)
-        if len(calls) > 4:  # three files a checkpoint: the second one of the second
+        if len(calls) > 5:  # four files a checkpoint: the second one of the second
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path)
