@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, UsageError
-from .staging import sync
+from .staging import write_file
 
 MAX_WIDTH = 1 / math.sqrt(12)  # of γ = 0, the plain mean of all steps
 _METADATA = "tu-diffuse"
 _NAMES = "[0-9]" * 8 + "-*.safetensors"
 
 
+@cache
 def exponent(width: float) -> float:
     """The γ of a relative width, above -1: the largest root of σ_rel² (γ + 2)² (γ + 3) = γ + 1 (section 3.1).
 
@@ -40,7 +42,7 @@ def exponent(width: float) -> float:
 
 WIDTHS = (0.05, 0.10)
 """The relative widths that are kept, those of the paper."""
-_EXPONENTS = {f"{width:.2f}": exponent(width) for width in WIDTHS}
+_EXPONENTS = {f"{width:.2f}": exponent(width) for width in WIDTHS}  # by the width's name in files and keys
 
 
 @dataclass(frozen=True)
@@ -89,17 +91,13 @@ def write_snapshots(folder: Path, averages: Mapping[str, Tensor], start: Mapping
     folder.mkdir(exist_ok=True)
     for width in _EXPONENTS:
         moved = {name: (averages[f"{width}/{name}"].to(tensor.device) - tensor).half() for name, tensor in start.items()}
-        final = folder / f"{step:08d}-{width}.safetensors"
-        staged = folder / f".{final.name}"
-        save_file(moved, staged, {_METADATA: json.dumps({"step": step, "width": float(width), "run": run}, sort_keys=True)})
-        sync(staged)
-        staged.rename(final)
-    sync(folder)
+        told = {_METADATA: json.dumps({"step": step, "width": float(width), "run": run}, sort_keys=True)}
+        write_file(folder / f"{step:08d}-{width}.safetensors", partial(save_file, moved, metadata=told))
 
 
 def drop_snapshots_after(folder: Path, step: int) -> None:
     """Delete the snapshots that a resumed run will write again, and what a killed one left half written."""
-    for path in (*folder.glob(_NAMES), *folder.glob(f".{_NAMES}")):
+    for path in (*folder.glob(_NAMES), *folder.glob(f".{_NAMES}.partial")):
         if path.name.startswith(".") or int(path.name.partition("-")[0]) > step:
             path.unlink()
 

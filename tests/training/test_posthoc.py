@@ -141,7 +141,7 @@ def test_killed_and_resumed_leaves_the_same_snapshots_bit_for_bit(tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", POSTHOC, stop_at=stop_at)
     (tmp_path / "killed" / "averages").mkdir(exist_ok=True)
-    (tmp_path / "killed" / "averages" / ".00000012-0.05.safetensors").write_bytes(b"half")
+    (tmp_path / "killed" / "averages" / ".00000012-0.05.safetensors.partial").write_bytes(b"half")
     run(tmp_path / "killed", POSTHOC)
     files = [{path.name: path.read_bytes() for path in (tmp_path / name / "averages").iterdir()} for name in ("whole", "killed")]
     assert sorted(files[0]) == [f"{step:08d}-{width:.2f}.safetensors" for step in (3, 6, 9, 12) for width in WIDTHS]
