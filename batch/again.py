@@ -16,11 +16,12 @@ from .studio import Studio
 
 
 def company_of(picture: Path, settings: Mapping[str, Any]) -> list[Item] | None:
-    """The items of the batch that a picture was drawn in, from the plan beside it; None when there is no such plan."""
-    with suppress(DataError, KeyError):
-        for batch in load_plan(picture.parent, settings["model"]["hash"]).batches:
-            if any(planned.item.key == settings["item"] for planned in batch):
-                return [planned.item for planned in batch]
+    """The items of the batch that a picture was drawn in, from the plan beside it or up to two folders above; None when there is no such plan."""
+    for folder in picture.absolute().parents[:3]:
+        with suppress(DataError, KeyError):
+            for batch in load_plan(folder, settings["model"]["hash"]).batches:
+                if any(planned.item.key == settings["item"] for planned in batch):
+                    return [planned.item for planned in batch]
     return None
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -52,7 +52,13 @@ class Item:
 
 
 def make_items(
-    folder: ModelFolder, lines: Iterable[Line], *, defaults: Mapping[str, Any], sweep: Sweep, circumstances: Mapping[str, Any]
+    folder: ModelFolder,
+    lines: Iterable[Line],
+    *,
+    defaults: Mapping[str, Any],
+    sweep: Sweep,
+    circumstances: Mapping[str, Any],
+    name_of: Callable[[Line, int], str] | None = None,
 ) -> tuple[list[Item], list[Problem]]:
     """Multiply lines by `count`, `seeds` and the sweep, and resolve every item against the model.
 
@@ -65,6 +71,7 @@ def make_items(
         defaults: options that lines may override, checked as theirs.
         sweep: option -> values; a line's own value of that option is replaced.
         circumstances: what else decides pixels: dtype, device and so on; goes into every key.
+        name_of: a line and the place of a picture among those of the line, from 0, to the picture's file name without suffix; in place of `name`.
 
     Returns:
         The items in the order of the lines, and what the model cannot do, by line.
@@ -78,9 +85,9 @@ def make_items(
         text = (values["prompt"], values.get("negative", ""))
         try:
             seeds = _seeds(values, text, told[text])
-            for choice in _choices(sweep):
-                for seed in seeds:
-                    items.append(_item(folder, line.number, {**values, **choice}, seed, circumstances, seen))
+            for place, (choice, seed) in enumerate(product(_choices(sweep), seeds)):
+                named = {} if name_of is None else {"name": name_of(line, place)}
+                items.append(_item(folder, line.number, {**values, **choice, **named}, seed, circumstances, seen))
             if len(items) > MAX_ITEMS:
                 raise UsageError(f"line {line.number} brings the pictures to {len(items)}; at most {MAX_ITEMS} are taken in one run; split the file.")
         except UsageError as error:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from .lines import Cell, Line, Problem, checked_line, numbered_lines, unreadable
@@ -27,8 +27,8 @@ class _NotJsonError(Exception):
         self.at = at
 
 
-def read_json_lines(text: str) -> Iterator[Line | Problem]:
-    """Read a .jsonl file; blank lines are skipped."""
+def read_json_lines(text: str, carry: Collection[str] = ()) -> Iterator[Line | Problem]:
+    """Read a .jsonl file; blank lines are skipped, keys in `carry` are taken as they are."""
     for number, line in numbered_lines(text):
         problem = unreadable(number, line)
         if problem is not None:
@@ -39,7 +39,7 @@ def read_json_lines(text: str) -> Iterator[Line | Problem]:
         except _NotJsonError as error:
             yield Problem(number, error.at + 1, str(error))
         else:
-            yield from checked_line(number, cells, from_json)
+            yield from checked_line(number, cells, from_json, carry)
 
 
 def _json_cells(line: str) -> list[Cell]:

@@ -2,8 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UsageError
@@ -22,11 +22,13 @@ class Line:
         number: of the line in the file, from 1; of the first of them where a CSV record has several.
         values: checked values by option name, only those that were given; `options.from_text` says of which types.
         columns: where each value begins, in characters from 1, counted from the beginning of the line or CSV record.
+        carried: keys that are no options, which the layout of the folder takes as they are.
     """
 
     number: int
     values: Mapping[str, Any]
     columns: Mapping[str, int]
+    carried: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, order=True)
@@ -74,21 +76,25 @@ def unreadable(number: int, text: str) -> Problem | None:
     return Problem(number, found.start() + 1, message)
 
 
-def checked_line(number: int, cells: Iterable[Cell], convert: Callable[[Option, Any], Any]) -> Iterator[Line | Problem]:
+def checked_line(number: int, cells: Iterable[Cell], convert: Callable[[Option, Any], Any], carry: Collection[str] = ()) -> Iterator[Line | Problem]:
     """The line that the cells make, or else every problem that they have.
 
     Args:
         number: of the line.
         cells: in the order of the file.
         convert: `options.from_text` or `options.from_json`.
+        carry: names that are no options and taken as they are.
     """
     values: dict[str, Any] = {}
+    carried: dict[str, Any] = {}
     columns: dict[str, int] = {}
     problems: list[Problem] = []
     for cell in cells:
-        if cell.name not in BY_NAME:
+        if cell.name in carry and cell.name not in carried:
+            carried[cell.name] = cell.value
+        elif cell.name not in BY_NAME and cell.name not in carry:
             problems.append(Problem(number, cell.name_at, unknown(cell.spelled, cell.name)))
-        elif cell.name in columns:
+        elif cell.name in columns or cell.name in carried:
             problems.append(Problem(number, cell.name_at, f"{cell.spelled} comes a second time; give it once."))
         else:
             columns[cell.name] = cell.value_at
@@ -107,7 +113,7 @@ def checked_line(number: int, cells: Iterable[Cell], convert: Callable[[Option, 
     if problems:
         yield from problems
     else:
-        yield Line(number, values, columns)
+        yield Line(number, values, columns, carried)
 
 
 def unknown(spelled: str, name: str) -> str:

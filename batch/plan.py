@@ -10,10 +10,11 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError
+from ..pipeline.output import candidates
 from ..pipeline.output import replace as write_whole
 from ..pipeline.request import BATCH_PICTURES, BATCH_PIXELS, Request
 from .items import Item
@@ -93,11 +94,7 @@ def _cut(group: Sequence[Planned], batch_size: int | None) -> Iterable[tuple[Pla
 
 def _free_name(item: Item, number: int, taken: set[str]) -> str:
     """The item's name, with "-2" and so on where another has it on a system that ignores case."""
-    wanted = Path(item.file_name(number))
-    name, again = wanted.name, 1
-    while _folded(name) in taken:
-        again += 1
-        name = f"{wanted.stem}-{again}{wanted.suffix}"
+    name = next(name for name in candidates(item.file_name(number)) if _folded(name) not in taken)
     taken.add(_folded(name))
     return name
 
@@ -129,12 +126,19 @@ def load_plan(folder: Path, model: str) -> Plan:
             raise DataError(f"{PLAN_FILE} has version {content['version']!r}, this program reads {VERSION}; render into another folder.")
         if content["model"] != model:
             return Plan(model, numbered=int(content["numbered"]))
-        batches = tuple(tuple(Planned(_item(one), one["name"], one["wanted"]) for one in batch) for batch in content["batches"])
+        batches = tuple(tuple(Planned(_item(one), _inside(one["name"]), one["wanted"]) for one in batch) for batch in content["batches"])
         return Plan(model, batches, int(content["numbered"]))
     except FileNotFoundError:
         return Plan(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{PLAN_FILE} cannot be read ({error}); remove it to plan anew, which keeps the pictures.") from None
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+        raise ValueError(f"the name {name!r} leads out of the folder")
+    return name
 
 
 def _stored(item: Item) -> dict[str, Any]:

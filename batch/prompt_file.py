@@ -5,7 +5,7 @@ A line that has a problem is never rendered in part; its neighbours do not suffe
 
 import re
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal, get_args
@@ -63,12 +63,13 @@ def sniff(data: bytes) -> Kind:
     return "tsv" if _is_header(header_of(first, "\t")) else "txt"
 
 
-def read_prompts(data: bytes, kind: Kind) -> PromptFile:
+def read_prompts(data: bytes, kind: Kind, carry: Collection[str] = ()) -> PromptFile:
     """Read a prompt file.
 
     Args:
         data: the whole file: UTF-8 with or without a byte order mark, or UTF-16 with one; lines end in CRLF, LF or CR.
         kind: see `kind_of` and `sniff`.
+        carry: keys of a .jsonl file that are no options and taken as they are, into `Line.carried`.
 
     Returns:
         All good lines and all problems. No content raises an error.
@@ -79,7 +80,7 @@ def read_prompts(data: bytes, kind: Kind) -> PromptFile:
     if kind == "txt":
         found = list(read_text_lines(text))
     elif kind == "jsonl":
-        found = list(read_json_lines(text))
+        found = list(read_json_lines(text, carry))
     else:
         found = list(read_table(text, "," if kind == "csv" else "\t"))
     problems = sorted(item for item in found if isinstance(item, Problem))

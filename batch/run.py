@@ -137,7 +137,7 @@ def _keep(planned: Planned, result: Drawn | Lost, out: Path) -> Entry:
         entry = Entry(planned.item.key, planned.item.line, "failed", error=result.error)
     else:
         path = publish(encode_picture(to_image(result.pixels), result.settings, planned.item.picture_format), out, planned.name)
-        entry = _done(planned, path.name, result.settings["truncated"], result.settings["fallbacks"])
+        entry = _done(planned, path.relative_to(out).as_posix(), result.settings["truncated"], result.settings["fallbacks"])
     append(out, entry)
     return entry
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from ..batch.prompt_file import Kind, PromptFile
     from ..batch.run import Summary
 
+LAYOUTS = ("flat", "geneval")
 WINDOW_SHARE = 4  # of the memory, that drafts may take where the model does not fit
 _LINE_OPTIONS = (
     "negative",
@@ -58,6 +60,7 @@ def batch(
     batch_size: Annotated[int | None, typer.Option(help="Most pictures computed together. [default: 16, fewer of large ones]")] = None,
     memory: Annotated[float | None, typer.Option(metavar="GIB", help="Memory to stay within. [default: most of the machine's]")] = None,
     part: Annotated[str, typer.Option(metavar="K/N", help="Draw the K-th of N parts, for several processes on one folder.")] = "1/1",
+    layout: Annotated[str, typer.Option(help="flat; geneval: the folders that GenEval judges, from its evaluation_metadata.jsonl.")] = "flat",
     negative: Annotated[str | None, typer.Option(help="Of lines that name none; so are all options below.")] = None,
     seed: Annotated[int | None, typer.Option(help="0..4294967295. [default: from each line's text]")] = None,
     count: Annotated[int | None, typer.Option(help="Pictures of each line, with the seeds SEED, SEED+1, ... [default: 1]")] = None,
@@ -95,6 +98,8 @@ def batch(
 
       tu-diffuse batch prompts.csv --out pictures --dry-run
 
+      tu-diffuse batch evaluation_metadata.jsonl --out pictures --layout geneval --count 4
+
     With --json each line has an event: problem (line, column, message), plan (pictures, batches, there), picture (path, line, key, truncated,
     fallbacks), failed (line, key, error), summary (asked, done, failed, blocked, skipped, drawn, seconds, loads).
     """
@@ -112,7 +117,12 @@ def batch(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is out of range; give 1 or more.")
     which = _part(part)
+    if layout not in LAYOUTS:
+        raise UsageError(f"--layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}.")
+    if layout == "geneval" and (sweep or name is not None or format is not None):
+        raise UsageError("--layout geneval fixes names and format and holds pictures of one setting; leave out --sweep, --name and --format.")
 
+    from ..batch import geneval
     from ..batch.estimate import expect
     from ..batch.gallery import write_gallery
     from ..batch.items import make_items
@@ -126,10 +136,17 @@ def batch(
     from ..pipeline.loading import choose_place
     from ..pipeline.output import try_folder
 
-    file = _read(prompts, kind)
+    file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
     folder, place = open_folder(model), choose_place(dtype, device, attention)
     circumstances = {"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)}
-    items, refused = make_items(folder, file.lines, defaults=_checked(given), sweep=_sweep(sweep or []), circumstances=circumstances)
+    items, refused = make_items(
+        folder,
+        file.lines,
+        defaults=_checked(given),
+        sweep=_sweep(sweep or []),
+        circumstances=circumstances,
+        name_of=geneval.name_of if layout == "geneval" else None,
+    )
     reporter = _Reporter(as_json, out)
     problems = sorted((*file.problems, *refused))
     for problem in problems:
@@ -146,8 +163,10 @@ def batch(
     started, drawn = time.monotonic(), 0
     with only_run(out, which):
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
-        save_plan(plan, out)
         done = settle(plan, out)
+        if layout == "geneval":
+            geneval.prepare(file.lines, plan, done, out)
+        save_plan(plan, out)
         reporter.plan(plan, len(done))
         try:
             for entry in draw_missing(studio, plan, done, out, part=which, window_bytes=budget // WINDOW_SHARE, tell=reporter.step):
@@ -162,7 +181,7 @@ def batch(
         raise typer.Exit(1)
 
 
-def _read(path: Path, kind: str | None) -> "PromptFile":
+def _read(path: Path, kind: str | None, carry: Collection[str] = ()) -> "PromptFile":
     from ..batch.prompt_file import KINDS, kind_of, read_prompts, sniff
 
     kinds: dict[str, Kind] = {name: name for name in KINDS}
@@ -172,9 +191,10 @@ def _read(path: Path, kind: str | None) -> "PromptFile":
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
         raise UsageError(f"prompt file {path.name!r} cannot be read ({error.strerror}); name one that exists.") from None
-    if kind is not None:
-        return read_prompts(data, kinds[kind])
-    return read_prompts(data, sniff(data) if str(path) == "-" else kind_of(path.name))
+    found = kinds[kind] if kind is not None else sniff(data) if str(path) == "-" else kind_of(path.name)
+    if carry and found != "jsonl":
+        raise UsageError(f"--layout geneval reads JSON Lines, and this is {found}; give GenEval's evaluation_metadata.jsonl.")
+    return read_prompts(data, found, carry)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import OutputError, UsageError
 from .limits import SUFFIXES
@@ -92,7 +92,7 @@ def publish(data: bytes, folder: Path, wanted: str) -> Path:
     """Write a whole file under a name that was free, "name-2", "name-3" and so on when it was not.
 
     The bytes go to a temporary file, are synced to disk, and get their final name in one step that fails when the name is taken, so several
-    processes can write into one folder and no file is ever seen half written or replaced.
+    processes can write into one folder and no file is ever seen half written or replaced. A name may begin with folders that are there: "a/b.png".
 
     Raises:
         OutputError: the folder cannot be written or the disk is full.
@@ -174,10 +174,10 @@ def shorten(text: str, limit: int) -> str:
 def candidates(wanted: str) -> Iterator[str]:
     """The names that `publish` tries, in order, without end: "a.png", "a-2.png", "a-3.png" and so on."""
     yield wanted
-    path, number = Path(wanted), 1
+    path, number = PurePosixPath(wanted), 1
     while True:
         number += 1
-        yield f"{path.stem}-{number}{path.suffix}"
+        yield str(path.with_name(f"{path.stem}-{number}{path.suffix}"))
 
 
 def _give_name(temporary: str, final: Path) -> None:
