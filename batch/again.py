@@ -21,18 +21,18 @@ def company_of(picture: Path, settings: Mapping[str, Any]) -> list[Item] | None:
         with suppress(DataError, KeyError):
             for batch in load_plan(folder, settings["model"]["hash"]).batches:
                 if any(planned.item.key == settings["item"] for planned in batch):
-                    return [planned.item for planned in batch]
+                    return [one for planned in batch for one in planned.item.candidates]
     return None
 
 
-def draw_again(folder: ModelFolder, place: Place, items: Sequence[Item], key: str) -> Drawn:
-    """Draw a batch and give the picture of the item `key`.
+def draw_again(folder: ModelFolder, place: Place, items: Sequence[Item], key: str, seed: int) -> Drawn:
+    """Draw a batch and give the picture of the item `key`, or of its candidate with the seed.
 
     Raises:
         RenderError: it could not be made.
     """
     for result in render(Studio(folder, place, roomy=True), [items], 0, Path(), lambda _: None):
-        if result.item.key == key:
+        if (result.item.asked, result.item.seed) == (key, seed):
             if isinstance(result, Drawn):
                 return result
             raise RenderError(result.error)

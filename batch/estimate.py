@@ -88,7 +88,7 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]]) -> tuple[f
     """From two steps of the first batch and its decoding, by pixels and steps; loading is left out."""
     if not batches:
         return 0.0, "nothing to do"
-    items = [_short(planned.item) for planned in batches[0]]
+    items = [_short(one) for planned in batches[0] for one in planned.item.candidates]
     draft = begin(studio, items)
     if studio.roomy:
         studio.codec()
@@ -102,7 +102,7 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]]) -> tuple[f
     decode = (time.perf_counter() - started) / decoded
     step = min(spans, default=0.0) / max(1, len(draft.items))
     pixels = items[0].request.width * items[0].request.height
-    work = ((p.item.request, p.item.request.width * p.item.request.height / pixels) for batch in batches for p in batch)
+    work = ((p.item.request, p.item.best_of * p.item.request.width * p.item.request.height / pixels) for batch in batches for p in batch)
     return sum(area * (step * request.steps + decode) for request, area in work), f"{_STEPS} steps of the first batch"
 
 
@@ -112,4 +112,4 @@ def _short(item: Item) -> Item:
 
 def _draft_bytes(studio: Studio, batches: Sequence[Sequence[Planned]]) -> int:
     """Bytes of all drafts, from the first batch's."""
-    return 0 if not batches else begin(studio, [planned.item for planned in batches[0]]).bytes * len(batches)
+    return 0 if not batches else begin(studio, [one for planned in batches[0] for one in planned.item.candidates]).bytes * len(batches)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -20,6 +20,7 @@ Sweep = Mapping[str, Sequence[Any]]
 
 MAX_ITEMS = 1_000_000
 _NOT_SETTINGS = ("count", "seed", "seeds", "name", "format")  # of a line, but not of `resolve`
+_CANDIDATE_STRIDE = 2654435769  # 2³² over the golden ratio, odd: candidates of one seed are all different, and far from those of its neighbours
 NAME = "{number}-{prompt}-{seed}"
 
 
@@ -33,6 +34,7 @@ class Item:
         request: what is asked for, with one seed.
         template: of its file name.
         picture_format: "png", "jpeg" or "webp".
+        best_of: how many candidates are drawn, of which the best is kept.
     """
 
     key: str
@@ -40,6 +42,18 @@ class Item:
     request: Request
     template: str
     picture_format: str
+    best_of: int = 1
+
+    @property
+    def candidates(self) -> list["Item"]:
+        """What is drawn of it: itself, and with `best_of` others that differ in key and seed."""
+        seeds = [(self.seed + i * _CANDIDATE_STRIDE) % (MAX_SEED + 1) for i in range(self.best_of)]
+        return [replace(self, key=f"{self.key}.{i}" if i else self.key, request=replace(self.request, seeds=(s,))) for i, s in enumerate(seeds)]
+
+    @property
+    def asked(self) -> str:
+        """The key of the item that it is a candidate of."""
+        return self.key.partition(".")[0]
 
     @property
     def seed(self) -> int:
@@ -58,6 +72,7 @@ def make_items(
     defaults: Mapping[str, Any],
     sweep: Sweep,
     circumstances: Mapping[str, Any],
+    best_of: int = 1,
     name_of: Callable[[Line, int], str] | None = None,
 ) -> tuple[list[Item], list[Problem]]:
     """Multiply lines by `count`, `seeds` and the sweep, and resolve every item against the model.
@@ -71,6 +86,7 @@ def make_items(
         defaults: options that lines may override, checked as theirs.
         sweep: option -> values; a line's own value of that option is replaced.
         circumstances: what else decides pixels: dtype, device and so on; goes into every key.
+        best_of: see `Item`; from 2 on, `circumstances` must hold it and what scores.
         name_of: a line and the place of a picture among those of the line, from 0, to the picture's file name without suffix; in place of `name`.
 
     Returns:
@@ -87,7 +103,8 @@ def make_items(
             seeds = _seeds(values, text, told[text])
             for place, (choice, seed) in enumerate(product(_choices(sweep), seeds)):
                 named = {} if name_of is None else {"name": name_of(line, place)}
-                items.append(_item(folder, line.number, {**values, **choice, **named}, seed, circumstances, seen))
+                item = _item(folder, line.number, {**values, **choice, **named}, seed, circumstances, seen)
+                items.append(replace(item, best_of=best_of))
             if len(items) > MAX_ITEMS:
                 raise UsageError(f"line {line.number} brings the pictures to {len(items)}; at most {MAX_ITEMS} are taken in one run; split the file.")
         except UsageError as error:

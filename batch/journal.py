@@ -30,7 +30,8 @@ class Entry:
         error: why it failed.
         truncated: encoder -> words that it did not see.
         fallbacks: what had to be done differently.
-        score: of `--best-of`.
+        score: of the picture, with `--best-of`.
+        scores: of all its candidates, by seed; None for one that was lost.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Entry:
     truncated: Mapping[str, str] = field(default_factory=dict[str, str])
     fallbacks: tuple[str, ...] = ()
     score: float | None = None
+    scores: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
 
 
 def read_journal(folder: Path) -> dict[str, Entry]:

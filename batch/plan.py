@@ -65,7 +65,7 @@ def extend(plan: Plan, items: Sequence[Item], batch_size: int | None) -> Plan:
     Args:
         plan: what the folder has; a new one has none.
         items: what is asked for, with distinct keys.
-        batch_size: most items in a new batch; None takes as many as 16 pictures and a million pixels.
+        batch_size: most pictures in a new batch, candidates counted; None takes as many as 16 pictures and a million pixels.
     """
     asked = {item.key: item for item in items}
     kept: list[tuple[Planned, ...]] = []
@@ -89,6 +89,7 @@ def extend(plan: Plan, items: Sequence[Item], batch_size: int | None) -> Plan:
 def _cut(group: Sequence[Planned], batch_size: int | None) -> Iterable[tuple[Planned, ...]]:
     first = group[0].item.request
     size = max(1, min(BATCH_PICTURES, BATCH_PIXELS // (first.width * first.height))) if batch_size is None else batch_size
+    size = max(1, size // group[0].item.best_of)
     return (tuple(group[i : i + size]) for i in range(0, len(group), size))
 
 
@@ -142,7 +143,14 @@ def _inside(name: str) -> str:
 
 
 def _stored(item: Item) -> dict[str, Any]:
-    return {"key": item.key, "line": item.line, "template": item.template, "format": item.picture_format, "request": asdict(item.request)}
+    return {
+        "key": item.key,
+        "line": item.line,
+        "template": item.template,
+        "format": item.picture_format,
+        "best_of": item.best_of,
+        "request": asdict(item.request),
+    }
 
 
 def _item(stored: dict[str, Any]) -> Item:
@@ -150,4 +158,4 @@ def _item(stored: dict[str, Any]) -> Item:
     for field in fields(Request):
         value = stored["request"][field.name]
         values[field.name] = tuple(value) if isinstance(value, list) else value
-    return Item(stored["key"], int(stored["line"]), Request(**values), stored["template"], stored["format"])
+    return Item(stored["key"], int(stored["line"]), Request(**values), stored["template"], stored["format"], int(stored.get("best_of", 1)))

@@ -10,11 +10,12 @@ Beside them lie contact-sheet.png (sheet.py) and gallery.html (gallery.py).
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
 from ..pipeline.metadata import encode_picture, read_metadata
@@ -25,6 +26,7 @@ from .drafts import Drawn, Lost, Stepped
 from .engine import render
 from .journal import Entry, append, read_journal
 from .plan import Plan, Planned
+from .scores import Scorer, keep_best
 from .studio import Studio
 
 SUMMARY_FILE = "summary.json"
@@ -85,12 +87,20 @@ def _adopted(planned: Planned, out: Path) -> Entry | None:
         with suppress(DataError):
             settings = read_metadata(out / name)
             if settings.get("item") == planned.item.key:
-                return _done(planned, name, settings["truncated"], settings["fallbacks"])
+                return _done(planned, name, settings)
     return None
 
 
 def draw_missing(
-    studio: Studio, plan: Plan, done: Mapping[str, Entry], out: Path, *, part: tuple[int, int], window_bytes: int, tell: Callable[[Stepped], None]
+    studio: Studio,
+    plan: Plan,
+    done: Mapping[str, Entry],
+    out: Path,
+    *,
+    part: tuple[int, int],
+    window_bytes: int,
+    tell: Callable[[Stepped], None],
+    scorer: Scorer | None = None,
 ) -> Iterator[Entry]:
     """Draw what is not done, each item in its planned batch; pictures are written while the next are drawn.
 
@@ -102,6 +112,7 @@ def draw_missing(
         part: (number, of how many) of the batches.
         window_bytes: see `engine.render`.
         tell: told after each step; may raise to stop, which loses no finished picture.
+        scorer: of candidates, where items have some.
 
     Yields:
         The entry of each item that was drawn or lost, once it is in the journal.
@@ -114,7 +125,8 @@ def draw_missing(
     mine = missing_batches(plan, missing, part)
     waiting: deque[Future[Entry]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        for result in render(studio, [[planned.item for planned in batch] for batch in mine], window_bytes, out, tell):
+        results = render(studio, [[one for planned in batch for one in planned.item.candidates] for batch in mine], window_bytes, out, tell)
+        for result in results if scorer is None else keep_best(results, scorer):
             planned = missing.get(result.item.key)
             if planned is None:
                 continue
@@ -137,13 +149,23 @@ def _keep(planned: Planned, result: Drawn | Lost, out: Path) -> Entry:
         entry = Entry(planned.item.key, planned.item.line, "failed", error=result.error)
     else:
         path = publish(encode_picture(to_image(result.pixels), result.settings, planned.item.picture_format), out, planned.name)
-        entry = _done(planned, path.relative_to(out).as_posix(), result.settings["truncated"], result.settings["fallbacks"])
+        entry = _done(planned, path.relative_to(out).as_posix(), result.settings)
     append(out, entry)
     return entry
 
 
-def _done(planned: Planned, name: str, truncated: Mapping[str, str], fallbacks: Sequence[str]) -> Entry:
-    return Entry(planned.item.key, planned.item.line, "done", file=name, truncated=dict(truncated), fallbacks=tuple(fallbacks))
+def _done(planned: Planned, name: str, settings: Mapping[str, Any]) -> Entry:
+    scores = settings["best_of"]["scores"] if "best_of" in settings else {}
+    return Entry(
+        planned.item.key,
+        planned.item.line,
+        "done",
+        file=name,
+        truncated=dict(settings["truncated"]),
+        fallbacks=tuple(settings["fallbacks"]),
+        score=scores.get(str(settings["seed"])),
+        scores=scores,
+    )
 
 
 def summarise(plan: Plan, out: Path, blocked: int, drawn: int, started: float, loads: Mapping[str, int]) -> Summary:

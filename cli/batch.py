@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..batch.run import Summary
 
 LAYOUTS = ("flat", "geneval")
+MOST_CANDIDATES = 64
 WINDOW_SHARE = 4  # of the memory, that drafts may take where the model does not fit
 _LINE_OPTIONS = (
     "negative",
@@ -60,6 +61,12 @@ def batch(
     batch_size: Annotated[int | None, typer.Option(help="Most pictures computed together. [default: 16, fewer of large ones]")] = None,
     memory: Annotated[float | None, typer.Option(metavar="GIB", help="Memory to stay within. [default: most of the machine's]")] = None,
     part: Annotated[str, typer.Option(metavar="K/N", help="Draw the K-th of N parts, for several processes on one folder.")] = "1/1",
+    best_of: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw N candidates of each picture, keep the one that --score-model likes best.")
+    ] = None,
+    score_model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="CLIP pair in open_clip's layout: open_clip_config.json, open_clip_model.safetensors.")
+    ] = None,
     layout: Annotated[str, typer.Option(help="flat; geneval: the folders that GenEval judges, from its evaluation_metadata.jsonl.")] = "flat",
     negative: Annotated[str | None, typer.Option(help="Of lines that name none; so are all options below.")] = None,
     seed: Annotated[int | None, typer.Option(help="0..4294967295. [default: from each line's text]")] = None,
@@ -98,10 +105,12 @@ def batch(
 
       tu-diffuse batch prompts.csv --out pictures --dry-run
 
+      tu-diffuse batch prompts.txt --out pictures --best-of 4 --score-model ViT-B-32
+
       tu-diffuse batch evaluation_metadata.jsonl --out pictures --layout geneval --count 4
 
     With --json each line has an event: problem (line, column, message), plan (pictures, batches, there), picture (path, line, key, truncated,
-    fallbacks), failed (line, key, error), summary (asked, done, failed, blocked, skipped, drawn, seconds, loads).
+    fallbacks, score, scores), failed (line, key, error), summary (asked, done, failed, blocked, skipped, drawn, seconds, loads).
     """
     del debug  # read in main.py
     from ..batch.options import schema as json_schema
@@ -122,6 +131,11 @@ def batch(
     if layout == "geneval" and (sweep or name is not None or format is not None):
         raise UsageError("--layout geneval fixes names and format and holds pictures of one setting; leave out --sweep, --name and --format.")
 
+    if best_of is not None and not 2 <= best_of <= MOST_CANDIDATES:
+        raise UsageError(f"--best-of {best_of} is out of range; give 2 to {MOST_CANDIDATES}.")
+    if (best_of is None) != (score_model is None):
+        raise UsageError("--best-of and --score-model go together; give how many candidates to draw, and the CLIP pair that scores them.")
+
     from ..batch import geneval
     from ..batch.estimate import expect
     from ..batch.gallery import write_gallery
@@ -130,6 +144,7 @@ def batch(
     from ..batch.outcomes import shared_arguments
     from ..batch.plan import extend, load_plan, save_plan
     from ..batch.run import draw_missing, settle, summarise
+    from ..batch.scores import load_scorer, open_score_model
     from ..batch.sheet import write_sheet
     from ..batch.studio import Studio, memory_budget, model_bytes
     from ..pipeline.folder import open_folder
@@ -139,12 +154,16 @@ def batch(
     file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
     folder, place = open_folder(model), choose_place(dtype, device, attention)
     circumstances = {"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)}
+    clip = None if score_model is None else open_score_model(score_model)
+    if clip is not None:
+        circumstances |= {"best_of": best_of, "score_model": clip.hash}
     items, refused = make_items(
         folder,
         file.lines,
         defaults=_checked(given),
         sweep=_sweep(sweep or []),
         circumstances=circumstances,
+        best_of=1 if best_of is None else best_of,
         name_of=geneval.name_of if layout == "geneval" else None,
     )
     reporter = _Reporter(as_json, out)
@@ -169,7 +188,9 @@ def batch(
         save_plan(plan, out)
         reporter.plan(plan, len(done))
         try:
-            for entry in draw_missing(studio, plan, done, out, part=which, window_bytes=budget // WINDOW_SHARE, tell=reporter.step):
+            scorer = None if clip is None else load_scorer(clip, place.device)
+            window = budget // WINDOW_SHARE
+            for entry in draw_missing(studio, plan, done, out, part=which, window_bytes=window, tell=reporter.step, scorer=scorer):
                 drawn += entry.status == "done"
                 reporter.entry(entry)
         finally:

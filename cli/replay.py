@@ -57,7 +57,7 @@ def replay(
     )
     company = company_of(picture, settings)
     if company is not None:
-        new = draw_again(folder, choose_place(dtype, device, attention), company, settings["item"])
+        new = draw_again(folder, choose_place(dtype, device, attention), company, settings["item"], settings["seed"])
     else:
         new = redraw(load_model(folder, dtype=dtype, device=device, attention=attention), request, index)
     difference = compare(picture, new.pixels, new.settings)

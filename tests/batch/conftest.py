@@ -29,7 +29,7 @@ def studio(ensemble: ModelFolder) -> MakeStudio:
 def items(ensemble: ModelFolder) -> MakeItems:
     """Items of prompts or of lines' values, which must all be good."""
 
-    def make(*lines: str | dict[str, Any], sweep: dict[str, list[Any]] | None = None, **defaults: Any) -> list[Item]:
+    def make(*lines: str | dict[str, Any], sweep: dict[str, list[Any]] | None = None, best_of: int = 1, **defaults: Any) -> list[Item]:
         values = [{"prompt": line} if isinstance(line, str) else line for line in lines]
         made, problems = make_items(
             ensemble,
@@ -37,6 +37,7 @@ def items(ensemble: ModelFolder) -> MakeItems:
             defaults=defaults,
             sweep=sweep or {},
             circumstances={},
+            best_of=best_of,
         )
         assert not problems
         return made

@@ -1,0 +1,118 @@
+"""CLIP scores, and the best of several pictures by them.
+
+The score of a picture is 100·cos(picture, prompt) in a CLIP pair's space (CLIPScore, Hessel et al. 2021, arXiv 2104.08718, without its factor of 2.5
+and its clamp at 0). Scores of different pairs cannot be compared.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ModelError, UsageError
+from ..pipeline.folder import fingerprint
+from ..pipeline.previews import to_image
+from ..weights import read_json
+from .drafts import Drawn, Lost
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ScoreModel:
+    """A CLIP pair in open_clip's layout: its folder, and the fingerprint of its files."""
+
+    folder: Path
+    hash: str
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A CLIP pair in memory.
+
+    Attributes:
+        hash: of its files.
+        score: pictures, (height, width, 3) uint8, and their prompt to a score each, -100..100.
+    """
+
+    hash: str
+    score: Callable[[Sequence[Tensor], str], list[float]]
+
+
+def open_score_model(folder: Path) -> ScoreModel:
+    """Check a folder of a CLIP pair; reads no weights.
+
+    Raises:
+        UsageError: the folder has no `open_clip_config.json` or no `open_clip_model.safetensors`.
+        ModelError: its text tower or tokenizer would have to be downloaded.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UsageError(f"--score-model {folder.name!r} has no {name}; give a folder in open_clip's layout, in safetensors.")
+    config = read_json(folder / CONFIG)
+    shape: Any = config.get("model_cfg")
+    text = shape.get("text_cfg") if isinstance(shape, dict) else None
+    if not isinstance(text, dict):
+        raise ModelError(f"{CONFIG} of the score model has no model_cfg with a text_cfg; take the file that came with the weights.")
+    for name in ("hf_model_name", "hf_tokenizer_name"):
+        if text.get(name):
+            raise ModelError(f"{CONFIG} of the score model has {name}, which open_clip downloads; use a pair with open_clip's own text tower.")
+    return ScoreModel(folder, fingerprint(folder, []))
+
+
+def load_scorer(model: ScoreModel, device: torch.device) -> Scorer:
+    """Load a CLIP pair through open_clip, in float32.
+
+    Raises:
+        ModelError: open_clip cannot make it.
+    """
+    import open_clip
+
+    try:
+        name = f"local-dir:{model.folder.absolute()}"
+        clip, transform = open_clip.create_model_from_pretrained(name, device=device)
+        tokenize = open_clip.get_tokenizer(name)
+    except Exception as error:  # whatever open_clip says of a wrong config or wrong weights
+        raise ModelError(f"open_clip cannot load the score model {model.folder.name!r} ({error}); give another --score-model.") from None
+    clip.eval()
+
+    @torch.no_grad()
+    def score(pictures: Sequence[Tensor], prompt: str) -> list[float]:
+        images = torch.stack([transform(to_image(picture)) for picture in pictures]).to(device)
+        seen, said = (F.normalize(side.float(), dim=-1) for side in (clip.encode_image(images), clip.encode_text(tokenize([prompt]).to(device))))
+        return [round(100 * value, 4) for value in (seen @ said.T)[:, 0].tolist()]
+
+    return Scorer(model.hash, score)
+
+
+def keep_best(results: Iterable[Drawn | Lost], scorer: Scorer) -> Iterator[Drawn | Lost]:
+    """From the results of candidates (`Item.candidates`) to one of each item: the picture with the highest score, the earliest candidate of equals.
+
+    The picture carries all scores by seed, as `best_of`; a candidate that was lost has None. An item is lost with the last of its candidates.
+    """
+    waiting: defaultdict[str, list[Drawn | Lost]] = defaultdict(list)
+    for result in results:
+        group = waiting[result.item.asked]
+        group.append(result)
+        if len(group) == result.item.best_of:
+            yield _best(waiting.pop(result.item.asked), scorer) if len(group) > 1 else result
+
+
+def _best(group: Sequence[Drawn | Lost], scorer: Scorer) -> Drawn | Lost:
+    drawn = [result for result in group if isinstance(result, Drawn)]
+    if not drawn:
+        lost = group[0]
+        assert isinstance(lost, Lost)
+        return Lost(replace(lost.item, key=lost.item.asked), lost.error)
+    scores: dict[int, float] = dict(
+        zip((d.item.seed for d in drawn), scorer.score([d.pixels for d in drawn], drawn[0].item.request.prompt), strict=True)
+    )
+    best = max(drawn, key=lambda one: scores[one.item.seed])
+    told = {str(result.item.seed): scores.get(result.item.seed) for result in group}
+    item = replace(best.item, key=best.item.asked)
+    return Drawn(item, best.pixels, best.settings | {"item": item.key, "best_of": {"score_model": scorer.hash, "scores": told}})
