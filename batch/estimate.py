@@ -44,7 +44,7 @@ class Expected:
     names: tuple[str, ...]
 
 
-def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_bytes: int) -> Expected:
+def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_bytes: int, workers: int = 1) -> Expected:
     """Look at a plan, and measure: a folder whose last run drew pictures says how long one takes, else a batch is drawn in a few steps.
 
     Args:
@@ -53,12 +53,13 @@ def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_
         out: the folder.
         part: see `run.draw_missing`.
         window_bytes: see `engine.render`.
+        workers: that share the batches, each on a device like the studio's.
     """
     done = there(plan, out)
     missing = {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
     batches = missing_batches(plan, missing, part)
     mine = [planned for batch in batches for planned in batch if planned.item.key in missing]
-    seconds, source = _past(out, len(mine)) or _calibrated(studio, batches)
+    seconds, source = _past(out, len(mine)) or _calibrated(studio, batches, workers)
     parts = len(studio.folder.experts) + 2
     windows = 1 if studio.roomy else max(1, _draft_bytes(studio, batches) // window_bytes)
     whole = model_bytes(studio.folder, studio.place)
@@ -67,7 +68,7 @@ def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_
         there=len(done),
         missing=len(mine),
         batches=len(batches),
-        loads=parts * windows if batches else 0,
+        loads=parts * max(windows, min(workers, len(batches))) if batches else 0,
         megabytes=round((whole if studio.roomy else min(whole, window_bytes) + whole // parts) / 1e6, 1),
         seconds=round(seconds, 1),
         source=source,
@@ -84,7 +85,7 @@ def _past(out: Path, pictures: int) -> tuple[float, str] | None:
     return None
 
 
-def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]]) -> tuple[float, str]:
+def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], workers: int) -> tuple[float, str]:
     """From two steps of the first batch and its decoding, by pixels and steps; loading is left out."""
     if not batches:
         return 0.0, "nothing to do"
@@ -103,7 +104,7 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]]) -> tuple[f
     step = min(spans, default=0.0) / max(1, len(draft.items))
     pixels = items[0].request.width * items[0].request.height
     work = ((p.item.request, p.item.best_of * p.item.request.width * p.item.request.height / pixels) for batch in batches for p in batch)
-    return sum(area * (step * request.steps + decode) for request, area in work), f"{_STEPS} steps of the first batch"
+    return sum(area * (step * request.steps + decode) for request, area in work) / workers, f"{_STEPS} steps of the first batch"
 
 
 def _short(item: Item) -> Item:

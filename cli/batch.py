@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -87,6 +88,7 @@ def batch(
     name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names. [default: {number}-{prompt}-{seed}]")] = None,
     dtype: DType = "auto",
     device: Device = "auto",
+    devices: Annotated[str | None, typer.Option(metavar="D1,D2,...", help="Draw on several devices at once, as in cuda:0,cuda:1.")] = None,
     attention: Attention = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -104,6 +106,8 @@ def batch(
       tu-diffuse batch prompts.jsonl --out pictures --sweep guidance=1,3,5 --count 4
 
       tu-diffuse batch prompts.csv --out pictures --dry-run
+
+      tu-diffuse batch prompts.txt --out pictures --devices cuda:0,cuda:1
 
       tu-diffuse batch prompts.txt --out pictures --best-of 4 --score-model ViT-B-32
 
@@ -133,6 +137,8 @@ def batch(
 
     if best_of is not None and not 2 <= best_of <= MOST_CANDIDATES:
         raise UsageError(f"--best-of {best_of} is out of range; give 2 to {MOST_CANDIDATES}.")
+    if devices is not None and device != "auto":
+        raise UsageError("--device and --devices contradict each other; leave one of them out.")
     if (best_of is None) != (score_model is None):
         raise UsageError("--best-of and --score-model go together; give how many candidates to draw, and the CLIP pair that scores them.")
 
@@ -147,13 +153,17 @@ def batch(
     from ..batch.scores import load_scorer, open_score_model
     from ..batch.sheet import write_sheet
     from ..batch.studio import Studio, memory_budget, model_bytes
+    from ..batch.workers import Job, draw_in_workers, shares
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_place
     from ..pipeline.output import try_folder
 
     file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
-    folder, place = open_folder(model), choose_place(dtype, device, attention)
-    circumstances = {"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)}
+    folder = open_folder(model)
+    placed = (device if devices is None else devices).split(",")
+    places = [choose_place(dtype, name, attention) for name in placed]
+    where = [{"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)} for place in places]
+    circumstances: dict[str, Any] = {name: "+".join(sorted({one[name] for one in where})) for name in where[0]}
     clip = None if score_model is None else open_score_model(score_model)
     if clip is not None:
         circumstances |= {"best_of": best_of, "score_model": clip.hash}
@@ -173,13 +183,16 @@ def batch(
     blocked = len({problem.line for problem in problems})
     if strict and problems:
         raise DataError(f"{blocked} lines of {prompts.name!r} are bad, as listed; correct them, or leave out --strict to draw the others.")
-    budget = memory_budget(memory, place)
-    studio = Studio(folder, place, roomy=model_bytes(folder, place) < budget)
+    budgets = [memory_budget(memory, place) // places.count(place) for place in places]
+    roomy = [model_bytes(folder, place) < budget for place, budget in zip(places, budgets, strict=True)]
+    windows = [budget // WINDOW_SHARE for budget in budgets]
+    studio = Studio(folder, places[0], roomy=roomy[0])
     if dry_run:
-        reporter.expected(expect(studio, extend(load_plan(out, folder.fingerprint), items, batch_size), out, which, budget // WINDOW_SHARE))
+        plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
+        reporter.expected(expect(studio, plan, out, which, windows[0], len(places)))
         return
     try_folder(out)
-    started, drawn = time.monotonic(), 0
+    started, drawn, loads = time.monotonic(), 0, Counter[str]()
     with only_run(out, which):
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
         done = settle(plan, out)
@@ -188,15 +201,19 @@ def batch(
         save_plan(plan, out)
         reporter.plan(plan, len(done))
         try:
-            scorer = None if clip is None else load_scorer(clip, place.device)
-            window = budget // WINDOW_SHARE
-            for entry in draw_missing(studio, plan, done, out, part=which, window_bytes=window, tell=reporter.step, scorer=scorer):
+            if len(places) > 1:
+                dealt = zip(places, roomy, windows, shares(plan, which, len(places)), strict=True)
+                entries = draw_in_workers([Job(folder.path, *one, out, clip) for one in dealt], loads, reporter.step)
+            else:
+                scorer = None if clip is None else load_scorer(clip, places[0].device)
+                entries = draw_missing(studio, plan, done, out, part=which, window_bytes=windows[0], tell=reporter.step, scorer=scorer)
+            for entry in entries:
                 drawn += entry.status == "done"
                 reporter.entry(entry)
         finally:
-            summary = summarise(plan, out, blocked, drawn, started, studio.loads)
+            summary = summarise(plan, out, blocked, drawn, started, loads + Counter(studio.loads))
             write_sheet(folder, plan, out)
-            write_gallery(folder, plan, out, problems=problems, shared=shared_arguments(folder, dtype=dtype, device=device, attention=attention))
+            write_gallery(folder, plan, out, problems=problems, shared=shared_arguments(folder, dtype=dtype, device=placed[0], attention=attention))
             reporter.summary(summary)
     if summary.failed or summary.blocked:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ EXIT_CODES = (
 )
 
 Model = Annotated[Path | None, typer.Option("--model", metavar="FOLDER", help="Model folder in diffusers' layout. [default: the embedded model]")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps; auto takes the fastest there is.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps; auto takes the fastest there is.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU and float16 elsewhere.")]
 Attention = Annotated[str, typer.Option("--attention", help="Attention kernel: auto, flash, efficient, cudnn or math. See tu-diffuse doctor.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, instead of text.")]

@@ -99,7 +99,7 @@ def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "au
 
     Args:
         dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU, float16 elsewhere.
-        device: "cpu", "cuda", "mps", or "auto": the fastest there is.
+        device: see `choose_device`.
         attention: a name in `AttentionBackend`.
 
     Raises:
@@ -115,7 +115,7 @@ def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "au
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name: "cpu", "cuda", "mps", or "auto", the fastest there is.
+    """The device of a name: "cpu", "cuda", "cuda:1", "mps", or "auto", the fastest there is.
 
     Raises:
         UsageError: a name that is not known, or a device that is not there.
@@ -123,9 +123,10 @@ def choose_device(name: str) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next(device for device in ("cuda", "mps", "cpu") if there[device]))
-    if name not in there:
-        raise UsageError(f"--device {name!r} is not known; use one of auto, {', '.join(there)}.")
-    if not there[name]:
+    kind, colon, number = name.partition(":")
+    if kind not in there or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise UsageError(f"--device {name!r} is not known; use one of auto, {', '.join(there)}, cuda:1.")
+    if not there[kind] or (colon and int(number) >= torch.cuda.device_count()):
         raise UsageError(f"--device {name} is not there, or this PyTorch was built without it; use --device cpu, and see tu-diffuse doctor.")
     return torch.device(name)
 
