@@ -41,7 +41,7 @@ class Outcome:
     """An item and what became of it.
 
     Attributes:
-        item: what was asked for.
+        item: what was asked for, with the seed of the candidate that was kept.
         entry: its last line in the journal; None while it is not drawn, or where its picture has gone.
         settings: name -> value of all that decides the picture but prompt and model, and `score` where there is one; "none" and "off" for
             what is not used.
@@ -70,8 +70,17 @@ def outcomes(folder: ModelFolder, plan: Plan, out: Path) -> list[Outcome]:
         entry = written.get(planned.item.key)
         if entry is not None and entry.file is not None and not (out / entry.file).is_file():
             entry = None
-        found.append(Outcome(planned.item, entry, _settings(folder, planned.item, entry)))
+        item = _kept(planned.item, entry)
+        found.append(Outcome(item, entry, _settings(folder, item, entry)))
     return found
+
+
+def _kept(item: Item, entry: Entry | None) -> Item:
+    """The item with the seed of the candidate that was kept."""
+    if entry is None or entry.score is None:
+        return item
+    seed = next(int(seed) for seed, score in entry.scores.items() if score == entry.score)
+    return replace(item, request=replace(item.request, seeds=(seed,)))
 
 
 def usual_settings(found: Sequence[Outcome]) -> dict[str, Value]:

@@ -84,6 +84,8 @@ def test_the_best_is_kept_and_all_scores_are_told(
     assert (settings["seed"], settings["best_of"]["scores"]) == (best, picture["scores"])
     assert picture["score"] == scores[best] == max(scores.values())
 
+    assert f"--seed {best}" in (tmp_path / "out" / "gallery.html").read_text()
+
     # A line that a kill took is read back from the picture, and the picture can be drawn again.
     (entry,) = read_journal(tmp_path / "out").values()
     (tmp_path / "out" / "journal.jsonl").unlink()
