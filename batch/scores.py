@@ -75,10 +75,11 @@ def load_scorer(model: ScoreModel, device: torch.device) -> Scorer:
 
     try:
         name = f"local-dir:{model.folder.absolute()}"
-        clip, transform = open_clip.create_model_from_pretrained(name, device=device)
+        pair: Any = open_clip.create_model_from_pretrained(name, device=device)  # its annotations are not those of what it returns
         tokenize = open_clip.get_tokenizer(name)
     except Exception as error:  # whatever open_clip says of a wrong config or wrong weights
         raise ModelError(f"open_clip cannot load the score model {model.folder.name!r} ({error}); give another --score-model.") from None
+    clip, transform = pair
     clip.eval()
 
     @torch.no_grad()

@@ -14,6 +14,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
+from types import FrameType
+from typing import NoReturn
 
 from ..errors import RenderError, TuDiffuseError
 from ..pipeline.folder import open_folder
@@ -123,7 +125,7 @@ def draw_in_workers(jobs: Sequence[Job], loads: Counter[str], tell: Callable[[St
 def _work(job: Job, parent: Connection) -> None:
     """The worker: sends steps, entries, and at the end its loads or an error. Ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and terminates its workers
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of finally: pictures that wait for the disk are written
+    signal.signal(signal.SIGTERM, _stop)  # by way of finally: pictures that wait for the disk are written
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         folder = open_folder(job.model)
@@ -135,6 +137,11 @@ def _work(job: Job, parent: Connection) -> None:
         parent.send(studio.loads)
     except TuDiffuseError as error:
         parent.send(error)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    sys.exit(128 + number)
 
 
 def _end_with_parent() -> None:
