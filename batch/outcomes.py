@@ -77,7 +77,7 @@ def outcomes(folder: ModelFolder, plan: Plan, out: Path) -> list[Outcome]:
 
 def _kept(item: Item, entry: Entry | None) -> Item:
     """The item with the seed of the candidate that was kept."""
-    if entry is None or entry.score is None:
+    if entry is None or not entry.scores:
         return item
     seed = next(int(seed) for seed, score in entry.scores.items() if score == entry.score)
     return replace(item, request=replace(item.request, seeds=(seed,)))
