@@ -54,7 +54,7 @@ def judged(folder: Path, clip_folder: Path) -> dict[int, float]:
     clip, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
     clip.eval()
     found: dict[int, float] = {}
-    for path in folder.glob("*.png"):
+    for path in folder.glob("0*.png"):
         settings = read_metadata(path)
         with torch.no_grad(), Image.open(path) as image:
             seen = clip.encode_image(transform(image.convert("RGB"))[None])
@@ -77,7 +77,7 @@ def test_the_best_is_kept_and_all_scores_are_told(
     assert code == 0
     assert scores == pytest.approx(judged(tmp_path / "all", clip_folder), abs=1e-3)
     best = max(scores, key=lambda seed: scores[seed])
-    (kept,) = (tmp_path / "out").glob("*.png")
+    (kept,) = (tmp_path / "out").glob("0*.png")
     (same,) = (tmp_path / "all").glob(f"*-{best}.png")
     assert pixels(kept) == pixels(same)
     settings = read_metadata(kept)
@@ -100,11 +100,11 @@ def test_candidates_are_cut_into_batches_and_drawn_again_in_them(batch: Batch, t
     code, events = batch(text, *arguments)
     assert (code, events[-1]["asked"], events[-1]["done"]) == (0, 4, 4)
     assert next(event["batches"] for event in events if event["event"] == "plan") == 2
-    before = {path.name: pixels(path) for path in (tmp_path / "out").glob("*.png")}
+    before = {path.name: pixels(path) for path in (tmp_path / "out").glob("0*.png")}
     next((tmp_path / "out").glob("*-c-*.png")).unlink()
     code, events = batch(text, *arguments, "--memory", "1e-4")
     assert (code, events[-1]["drawn"], events[-1]["done"]) == (0, 1, 4)
-    assert {path.name: pixels(path) for path in (tmp_path / "out").glob("*.png")} == before
+    assert {path.name: pixels(path) for path in (tmp_path / "out").glob("0*.png")} == before
     # Without candidates, or with more of them, they are other pictures.
     assert batch(text, "--batch-size", "4")[1][-1]["drawn"] == 4
 

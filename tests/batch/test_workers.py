@@ -25,7 +25,7 @@ PROMPTS = ("a", "b", "c", {"prompt": "d", "steps": 3}, "e", "f", "g")
 
 def digests(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
-    for path in folder.glob("*.png"):
+    for path in folder.glob("0*.png"):
         with Image.open(path) as image:
             found[path.name] = hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()
     return found
