@@ -1,11 +1,11 @@
-"""Teach T5 and the conditioner which word goes with which thing and where it is: lay out the scene that a caption tells.
+"""Teach the conditioner which word goes with which thing and where it is: lay out the scene that a caption tells.
 
     python scripts/embedded/train_grounding.py --text build --parent build/unet_high --checkpoints build/runs/grounding --out build/grounded
 
-Span corruption alone leaves T5 guessing which colour belongs to which shape, and the denoising loss teaches it slowly: one picture says little
-about one word. Here a small head (thrown away) asks the conditioner's tokens, from each cell of the 8×8 latent grid, for the kind and the colour
-of what is drawn there, as the U-Net's cross-attention will have to. Captions are sampled without end and need no pictures. CLIP stays as it is.
-Run the same command again to resume. Every 250 steps it prints the share of cells of held-out two-object scenes that are right.
+Span corruption leaves T5 guessing which colour belongs to which shape, and the denoising loss teaches the conditioner slowly: one picture says
+little about one word. Here a small head (thrown away) asks the conditioner's tokens, from each cell of the 8×8 latent grid, for the kind and
+colour of what is drawn there, as the U-Net's cross-attention will have to. Captions are sampled without end and need no pictures. CLIP and T5 are
+frozen. Run the same command again to resume. Every 250 steps it prints the share of cells of held-out two-object scenes that are right.
 """
 
 import argparse
@@ -31,7 +31,7 @@ KINDS = (*BACKGROUNDS, *SHAPES, *STICKERS)  # what a cell can show
 UNCOLOURED = len(COLOURS)  # the colour of stickers
 IGNORED = -100
 BACKGROUND_WEIGHT = 0.1  # of a cell without an object
-DROP_CLIP, DROP_T5 = 0.3, 0.1  # CLIP is dropped often, so that T5 learns to do without
+DROP_CLIP, DROP_T5 = 0.3, 0.1  # CLIP is dropped often, so that much is read off T5
 _STAGES = ("shapes", "stickers", "full")
 
 
@@ -63,7 +63,7 @@ class LayoutHead(nn.Module):
 
 
 class Grounded(nn.Module):
-    """The text encoders with their conditioner and the head; CLIP is frozen."""
+    """The frozen text encoders with their conditioner and the head."""
 
     def __init__(self, folder: Path, parent: Path) -> None:
         super().__init__()
@@ -71,17 +71,14 @@ class Grounded(nn.Module):
         self.conditioner = new_model(self.encoders.widths).conditioner
         self.conditioner.load_state_dict(load_file(parent / "conditioner" / "diffusion_pytorch_model.safetensors"))
         self.head = LayoutHead(self.conditioner.config.width)
-        self.encoders.clip.requires_grad_(False)
+        self.encoders.requires_grad_(False)
         for name, parameter in self.conditioner.named_parameters():
             parameter.requires_grad_(not name.startswith("pooled"))
 
     def forward(self, said: list[str], keep_clip: Tensor | None = None, keep_t5: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The logits of `LayoutHead` for captions; `keep_*` as in `Conditioner.forward`."""
-        ids = self.encoders.tokenize(said)
-        with torch.no_grad():
-            clip = self.encoders.clip(ids.clip_ids)
-        t5 = self.encoders.t5(ids.t5_ids, ids.t5_mask)
-        return self.head(self.conditioner(clip.last_hidden_state, ids.clip_mask, clip.projected, t5, ids.t5_mask, keep_clip, keep_t5))
+        text = self.encoders.features(self.encoders.tokenize(said), torch.arange(len(said)))
+        return self.head(self.conditioner(text.clip_tokens, text.clip_mask, text.clip_pooled, text.t5_tokens, text.t5_mask, keep_clip, keep_t5))
 
 
 def layout(scenes: list[Scene]) -> Layout:
@@ -122,12 +119,12 @@ def right_cells(model: Grounded, stage: str, count: int = 200) -> tuple[float, f
 
 
 def main() -> None:
-    """Train, then write t5/ and conditioner/."""
+    """Train, then write conditioner/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="folder with text/, clip/ and t5/")
     parser.add_argument("--parent", type=Path, required=True, help="output of train_unet.py whose conditioner is trained on")
     parser.add_argument("--checkpoints", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="receives t5/ and conditioner/")
+    parser.add_argument("--out", type=Path, required=True, help="receives conditioner/")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
@@ -155,14 +152,12 @@ def main() -> None:
     assert isinstance(trained, Grounded)
     for stage in ("shapes", "stickers"):
         print(stage, "kind {:.0%}, colour {:.0%} of held-out pairs, at the end".format(*right_cells(trained, stage)))
-    for name, part, source in (
-        ("t5", trained.encoders.t5, options.text / "t5" / "config.json"),
-        ("conditioner", trained.conditioner, options.parent / "conditioner" / "config.json"),
-    ):
-        stem = "model" if name == "t5" else "diffusion_pytorch_model"
-        (options.out / name).mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in part.state_dict().items()}, options.out / name / f"{stem}.safetensors")
-        shutil.copyfile(source, options.out / name / "config.json")
+    folder = options.out / "conditioner"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in trained.conditioner.state_dict().items()}, folder / "diffusion_pytorch_model.safetensors"
+    )
+    shutil.copyfile(options.parent / "conditioner" / "config.json", folder / "config.json")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -98,7 +97,6 @@ def test_every_script_runs_from_nothing_to_a_picture(tmp_path: Path) -> None:
         *("train_grounding.py", "--text", str(build), "--parent", str(build / "unet"), "--checkpoints", str(tmp_path / "grounding")),
         *("--out", str(build / "grounded"), "--steps", "2", "--batch-size", "4"),
     )
-    shutil.copytree(build / "grounded" / "t5", build / "t5", dirs_exist_ok=True)
     fork = ["--parent", str(build / "unet"), "--conditioner", str(build / "grounded"), "--cooldown", "1"]
     script(*common, *fork, "--t-max", "500", "--checkpoints", str(tmp_path / "low"), "--out", str(build / "unet_low"))
     script(*common, *fork, "--t-min", "500", "--checkpoints", str(tmp_path / "high"), "--out", str(build / "unet_high"))
