@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="model folder; the embedded one by default")
     parser.add_argument("--stage", choices=tuple(STAGES), default="shapes")
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts; the pictures have the seeds 0, 1, ...")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, required=True)
@@ -70,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     stickers = STAGES[options.stage].stickers
-    prompts = evaluation_prompts(options.count, stage=options.stage)
+    prompts = evaluation_prompts(options.count, seed=options.seed, stage=options.stage)
     model = load_model(open_folder(options.model))
     pictures = [draw(model, prompt.text, seed, options.guidance, options.steps) for seed, prompt in enumerate(prompts)]
     truth = [render(prompt.scene) for prompt in prompts]
