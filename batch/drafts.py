@@ -27,8 +27,6 @@ from ..vae.codec import to_uint8
 from .items import Item
 from .studio import Said, Studio, on_device
 
-TEXTS_KEPT = 512  # encoded prompts that are remembered
-
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
@@ -108,7 +106,7 @@ class Draft:
 def begin(studio: Studio, items: Sequence[Item]) -> Draft:
     """Encode the prompts of a batch and draw its noise.
 
-    Items whose prompt cannot be read (words beyond the limits in a strict request) are lost; the others are drawn without them.
+    Items whose prompt cannot be read (words beyond the limits in a strict request, out of memory) are lost; the others are drawn without them.
     """
     said: list[Mapping[str, Said]] = []
     lost: list[Lost] = []
@@ -119,6 +117,12 @@ def begin(studio: Studio, items: Sequence[Item]) -> Draft:
             words_lost(_overflow(read), item.request.strict)
         except UsageError as error:
             lost.append(Lost(item, str(error)))
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            free_memory(studio.place.device)
+            lost.append(Lost(item, f"{studio.place.device.type} ran out of memory reading the prompt; free some, then run again."))
             continue
         said.append(read)
         rows.append(item)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .drafts import Draft, Drawn, Lost, Stepped, advance, begin, finish
 from .items import Item
-from .parking import forget, park, taken_up
+from .parking import park, taken_up
 from .studio import Studio
 
 Batch = Sequence[Item]
@@ -25,7 +25,7 @@ def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: 
         studio: the model; whether it is roomy decides the order.
         batches: each is computed together.
         window_bytes: most bytes that the drafts of a window take, where the model does not fit in memory.
-        folder: where drafts of a window are parked.
+        folder: where drafts of a window are parked; `parking.forget` them when their pictures are safe.
         tell: told after each step; may raise to stop.
 
     Yields:
@@ -71,6 +71,5 @@ def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tel
             draft = advance(studio, draft, tell)
             park(draft, batch, folder)
             window[i] = (batch, draft)
-    for batch, draft in window:
+    for _, draft in window:
         yield from finish(studio, draft)
-        forget(batch, folder)

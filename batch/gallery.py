@@ -13,7 +13,7 @@ from urllib.parse import quote
 from filelock import FileLock
 
 from ..pipeline.folder import ModelFolder
-from ..pipeline.output import replace as write_whole
+from .files import replace as write_whole
 from .lines import Problem
 from .outcomes import Outcome, generate_commands, head_line, outcomes, usual_settings
 from .plan import Plan

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import DataError, OutputError, UsageError
 from ..pipeline.metadata import read_metadata
-from ..pipeline.output import replace as write_whole
+from .files import replace as write_whole
 from .journal import Entry
 from .lines import Line, Problem
 from .plan import Plan

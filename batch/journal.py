@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import OutputError, UsageError
+from .files import sweep
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -46,15 +47,24 @@ class Entry:
 
 
 def read_journal(folder: Path) -> dict[str, Entry]:
-    """The last word on each item, by its key; lines that are torn or of a later version's making are passed over."""
+    """The last word on each item, by its key; lines that are torn or of a later version's making are passed over.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
+    try:
+        lines = (folder / JOURNAL_FILE).read_bytes().splitlines()
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise OutputError(f"{JOURNAL_FILE} cannot be read ({error.strerror}); see to the folder's disk and permissions, then run again.") from None
     entries: dict[str, Entry] = {}
-    with suppress(FileNotFoundError):
-        for line in (folder / JOURNAL_FILE).read_bytes().splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                values: dict[str, Any] = json.loads(line)
-                values["fallbacks"] = tuple(values.get("fallbacks", ()))
-                entry = Entry(**values)
-                entries[entry.key] = entry
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            values: dict[str, Any] = json.loads(line)
+            values["fallbacks"] = tuple(values.get("fallbacks", ()))
+            entry = Entry(**values)
+            entries[entry.key] = entry
     return entries
 
 
@@ -87,6 +97,8 @@ def _write_all(handle: int, data: bytes) -> None:
 def only_run(folder: Path, part: tuple[int, int]) -> Generator[None]:
     """Hold the folder for this process: alone, or one of several parts of which each is held once. A killed process holds nothing.
 
+    What killed processes left half written is removed, once no other process is at work.
+
     Args:
         folder: of the pictures.
         part: (number, of how many); (1, 1) is the whole.
@@ -97,17 +109,28 @@ def only_run(folder: Path, part: tuple[int, int]) -> Generator[None]:
     """
     with ExitStack() as held:
         try:
-            held.enter_context(FileLock(_lock(folder, part), timeout=0))
-            for path in folder.glob(".part-*.lock"):
-                if path.name.split("-of-")[1] != f"{part[1]}.lock":
-                    with FileLock(path, timeout=0):
-                        pass
+            with FileLock(folder / ".start.lock"):
+                held.enter_context(FileLock(_lock(folder, part), timeout=0))
+                others = [path for path in folder.glob(".part-*.lock") if path != _lock(folder, part) and _is_held(path)]
+                for path in others:
+                    if not path.name.endswith(f"-of-{part[1]}.lock"):
+                        raise Timeout(str(path))
+                if not others:
+                    sweep(folder)
         except Timeout as timeout:
             which = Path(timeout.lock_file).stem.removeprefix(".")
             raise UsageError(f"another process is rendering into {folder.name!r} ({which}); wait for it, or stop it.") from None
         except OSError as error:
             raise OutputError(f"folder {folder.name!r} cannot be locked ({error.strerror}); give another --out.") from None
         yield
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _lock(folder: Path, part: tuple[int, int]) -> Path:

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..pipeline.output import replace as write_whole
 from .drafts import Draft, Lost
+from .files import replace as write_whole
 from .items import Item
 
-FOLDER = ".parked"
+_PREFIX = ".parked-"
 
 
 def park(draft: Draft, items: Sequence[Item], folder: Path) -> None:
@@ -32,7 +31,6 @@ def park(draft: Draft, items: Sequence[Item], folder: Path) -> None:
         "lost": [{"key": lost.item.key, "error": lost.error} for lost in draft.lost],
         "fallbacks": draft.fallbacks,
     }
-    (folder / FOLDER).mkdir(exist_ok=True)
     write_whole(save(tensors, {"draft": json.dumps(facts)}), _path(items, folder))
 
 
@@ -62,13 +60,18 @@ def taken_up(draft: Draft, items: Sequence[Item], folder: Path) -> Draft:
 
 
 def forget(items: Sequence[Item], folder: Path) -> None:
-    """Remove what was parked of a batch, and the folder with the last one."""
-    with suppress(OSError):
-        _path(items, folder).unlink()
-    with suppress(OSError):
-        (folder / FOLDER).rmdir()
+    """Remove what was parked of a batch."""
+    _path(items, folder).unlink(missing_ok=True)
+
+
+def forget_all_but(batches: Iterable[Sequence[Item]], folder: Path) -> None:
+    """Remove what was parked of any other batches: of those that a killed process finished, and those that nobody asks for any more."""
+    kept = {_path(items, folder) for items in batches}
+    for path in folder.glob(f"{_PREFIX}*"):
+        if path not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _path(items: Sequence[Item], folder: Path) -> Path:
     name = hashlib.sha256(" ".join(item.key for item in items).encode()).hexdigest()[:32]
-    return folder / FOLDER / f"{name}.safetensors"
+    return folder / f"{_PREFIX}{name}.safetensors"

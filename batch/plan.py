@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, OutputError
 from ..pipeline.output import candidates
-from ..pipeline.output import replace as write_whole
 from ..pipeline.request import BATCH_PICTURES, BATCH_PIXELS, Request
+from .files import replace as write_whole
 from .items import Item
 
 PLAN_FILE = "plan.json"
@@ -120,6 +120,7 @@ def load_plan(folder: Path, model: str) -> Plan:
 
     Raises:
         DataError: `plan.json` is not one.
+        OutputError: it cannot be read.
     """
     try:
         content = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
@@ -131,7 +132,9 @@ def load_plan(folder: Path, model: str) -> Plan:
         return Plan(model, batches, int(content["numbered"]))
     except FileNotFoundError:
         return Plan(model)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise OutputError(f"{PLAN_FILE} cannot be read ({error.strerror}); see to the folder's disk and permissions, then run again.") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{PLAN_FILE} cannot be read ({error}); remove it to plan anew, which keeps the pictures.") from None
 
 

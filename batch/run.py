@@ -10,27 +10,30 @@ Beside them lie contact-sheet.png (sheet.py) and gallery.html (gallery.py).
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..pipeline.metadata import encode_picture, read_metadata
-from ..pipeline.output import candidates, publish
-from ..pipeline.output import replace as write_whole
+from ..pipeline.output import candidates
 from ..pipeline.previews import to_image
 from .drafts import Drawn, Lost, Stepped
 from .engine import render
+from .files import publish
+from .files import replace as write_whole
+from .items import Item
 from .journal import Entry, append, read_journal
+from .parking import forget, forget_all_but
 from .plan import Plan, Planned
 from .scores import Scorer, keep_best
 from .studio import Studio
 
 SUMMARY_FILE = "summary.json"
-_UNWRITTEN = 32  # pictures that may wait for the disk
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,12 @@ def draw_missing(
     part: tuple[int, int],
     window_bytes: int,
     tell: Callable[[Stepped], None],
+    kept: Callable[[Entry], None],
     scorer: Scorer | None = None,
-) -> Iterator[Entry]:
-    """Draw what is not done, each item in its planned batch; pictures are written while the next are drawn.
+) -> None:
+    """Draw what is not done, each item in its planned batch.
+
+    The pictures of a batch are written while it is decoded and during the first step of the next, so no more than that is ever lost to a kill.
 
     Args:
         studio: the model.
@@ -112,10 +118,8 @@ def draw_missing(
         part: (number, of how many) of the batches.
         window_bytes: see `engine.render`.
         tell: told after each step; may raise to stop, which loses no finished picture.
+        kept: told, in the thread that writes, of each item that was drawn or lost, once it is in the journal; never at the same time as `tell`.
         scorer: of candidates, where items have some.
-
-    Yields:
-        The entry of each item that was drawn or lost, once it is in the journal.
 
     Raises:
         OutputError: a picture or the journal cannot be written.
@@ -123,18 +127,40 @@ def draw_missing(
     """
     missing = {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
     mine = missing_batches(plan, missing, part)
-    waiting: deque[Future[Entry]] = deque()
+    batches = [_drawn_together(batch) for batch in mine]
+    batch_of = {planned.item.key: items for batch, items in zip(mine, batches, strict=True) for planned in batch}
+    writing: deque[Future[None]] = deque()
+    decoded: list[list[Item]] = []
+
+    def written() -> None:
+        while writing:
+            writing.popleft().result()
+        while decoded:
+            forget(decoded.pop(), out)
+
+    def stepped(event: Stepped) -> None:
+        written()
+        tell(event)
+
     with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        results = render(studio, [[one for planned in batch for one in planned.item.candidates] for batch in mine], window_bytes, out, tell)
-        for result in results if scorer is None else keep_best(results, scorer):
-            planned = missing.get(result.item.key)
-            if planned is None:
-                continue
-            waiting.append(writer.submit(_keep, planned, result, out))
-            while waiting and (waiting[0].done() or len(waiting) > _UNWRITTEN):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        results = render(studio, batches, window_bytes, out, stepped)
+        for batch, finished in groupby(results if scorer is None else keep_best(results, scorer), lambda result: batch_of[result.item.key]):
+            written()
+            for result in finished:
+                if result.item.key in missing:
+                    writing.append(writer.submit(_keep, missing[result.item.key], result, out, kept))
+            decoded.append(batch)
+        written()
+
+
+def forget_finished(plan: Plan, done: Mapping[str, Entry], out: Path) -> None:
+    """Remove parked drafts of batches that are done, or that nobody asks for any more."""
+    missing = {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
+    forget_all_but((_drawn_together(batch) for batch in missing_batches(plan, missing, (1, 1))), out)
+
+
+def _drawn_together(batch: Sequence[Planned]) -> list[Item]:
+    return [one for planned in batch for one in planned.item.candidates]
 
 
 def missing_batches(plan: Plan, missing: Mapping[str, Planned], part: tuple[int, int]) -> list[tuple[Planned, ...]]:
@@ -143,15 +169,16 @@ def missing_batches(plan: Plan, missing: Mapping[str, Planned], part: tuple[int,
     return [batch for i, batch in enumerate(plan.batches) if i % parts == number - 1 and any(p.item.key in missing for p in batch)]
 
 
-def _keep(planned: Planned, result: Drawn | Lost, out: Path) -> Entry:
+def _keep(planned: Planned, result: Drawn | Lost, out: Path, kept: Callable[[Entry], None]) -> None:
     """Write a picture and its line."""
-    if isinstance(result, Lost):
-        entry = Entry(planned.item.key, planned.item.line, "failed", error=result.error)
-    else:
-        path = publish(encode_picture(to_image(result.pixels), result.settings, planned.item.picture_format), out, planned.name)
-        entry = _done(planned, path.relative_to(out).as_posix(), result.settings)
+    entry = Entry(planned.item.key, planned.item.line, "failed", error=result.error) if isinstance(result, Lost) else _published(planned, result, out)
     append(out, entry)
-    return entry
+    kept(entry)
+
+
+def _published(planned: Planned, drawn: Drawn, out: Path) -> Entry:
+    path = publish(encode_picture(to_image(drawn.pixels), drawn.settings, planned.item.picture_format), out, planned.name)
+    return _done(planned, path.relative_to(out).as_posix(), drawn.settings)
 
 
 def _done(planned: Planned, name: str, settings: Mapping[str, Any]) -> Entry:

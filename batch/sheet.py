@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..errors import DataError
 from ..pipeline.folder import ModelFolder
 from ..pipeline.metadata import open_picture
-from ..pipeline.output import replace as write_whole
+from .files import replace as write_whole
 from .journal import read_journal
 from .lettering import Lettering
 from .outcomes import Outcome, Value, head_line, outcomes, usual_settings

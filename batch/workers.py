@@ -68,7 +68,7 @@ def draw_in_workers(jobs: Sequence[Job], loads: Counter[str], tell: Callable[[St
         tell: told after each step; may raise to stop, which loses no finished picture.
 
     Yields:
-        As `run.draw_missing`.
+        The entry of each item that was drawn or lost, once it is in the journal.
 
     Raises:
         RenderError: a worker died twice; raised when the others are done.
@@ -132,8 +132,7 @@ def _work(job: Job, parent: Connection) -> None:
         studio = Studio(folder, job.place, roomy=job.roomy)
         scorer = None if job.clip is None else load_scorer(job.clip, job.place.device)
         done = settle(job.plan, job.out)
-        for entry in draw_missing(studio, job.plan, done, job.out, part=(1, 1), window_bytes=job.window_bytes, tell=parent.send, scorer=scorer):
-            parent.send(entry)
+        draw_missing(studio, job.plan, done, job.out, part=(1, 1), window_bytes=job.window_bytes, tell=parent.send, kept=parent.send, scorer=scorer)
         parent.send(studio.loads)
     except TuDiffuseError as error:
         parent.send(error)

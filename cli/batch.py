@@ -149,7 +149,7 @@ def batch(
     from ..batch.journal import only_run
     from ..batch.outcomes import shared_arguments
     from ..batch.plan import extend, load_plan, save_plan
-    from ..batch.run import draw_missing, settle, summarise
+    from ..batch.run import draw_missing, forget_finished, settle, summarise
     from ..batch.scores import load_scorer, open_score_model
     from ..batch.sheet import write_sheet
     from ..batch.studio import Studio, memory_budget, model_bytes
@@ -192,29 +192,28 @@ def batch(
         reporter.expected(expect(studio, plan, out, which, windows[0], len(places)))
         return
     try_folder(out)
-    started, drawn, loads = time.monotonic(), 0, Counter[str]()
+    started, loads = time.monotonic(), Counter[str]()
     with only_run(out, which):
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
         done = settle(plan, out)
         if layout == "geneval":
             geneval.prepare(file.lines, plan, done, out)
         save_plan(plan, out)
+        forget_finished(plan, done, out)
         reporter.plan(plan, len(done))
         try:
             if len(places) > 1:
                 dealt = zip(places, roomy, windows, shares(plan, which, len(places)), strict=True)
-                entries = draw_in_workers([Job(folder.path, *one, out, clip) for one in dealt], loads, reporter.step)
+                for entry in draw_in_workers([Job(folder.path, *one, out, clip) for one in dealt], loads, reporter.step):
+                    reporter.entry(entry)
             else:
                 scorer = None if clip is None else load_scorer(clip, places[0].device)
-                entries = draw_missing(studio, plan, done, out, part=which, window_bytes=windows[0], tell=reporter.step, scorer=scorer)
-            for entry in entries:
-                drawn += entry.status == "done"
-                reporter.entry(entry)
+                draw_missing(studio, plan, done, out, part=which, window_bytes=windows[0], tell=reporter.step, kept=reporter.entry, scorer=scorer)
         finally:
-            summary = summarise(plan, out, blocked, drawn, started, loads + Counter(studio.loads))
-            write_sheet(folder, plan, out)
-            write_gallery(folder, plan, out, problems=problems, shared=shared_arguments(folder, dtype=dtype, device=placed[0], attention=attention))
+            summary = summarise(plan, out, blocked, reporter.drawn, started, loads + Counter(studio.loads))
             reporter.summary(summary)
+        write_sheet(folder, plan, out)
+        write_gallery(folder, plan, out, problems=problems, shared=shared_arguments(folder, dtype=dtype, device=device, attention=attention))
     if summary.failed or summary.blocked:
         raise typer.Exit(1)
 
@@ -270,7 +269,8 @@ class _Reporter:
 
     def __init__(self, as_json: bool, out: Path) -> None:
         self._json, self._out = as_json, out
-        self._started, self._wanted, self._there, self._drawn = time.monotonic(), 0, 0, 0
+        self._started, self._wanted, self._there = time.monotonic(), 0, 0
+        self._tried = self.drawn = 0
 
     def problem(self, problem: "Problem") -> None:
         """Say what is wrong with a line."""
@@ -297,7 +297,8 @@ class _Reporter:
 
     def entry(self, entry: "Entry") -> None:
         """Say what became of an item."""
-        self._drawn += 1
+        self._tried += 1
+        self.drawn += entry.status == "done"
         facts = {name: value for name, value in asdict(entry).items() if name not in ("status", "file")} | {"progress": self._numbers()}
         if entry.status == "failed":
             self._event("failed", facts, f"line {entry.line}: {entry.error}")
@@ -313,17 +314,17 @@ class _Reporter:
         self._event("summary", asdict(summary), f"{text}; {summary.drawn} drawn now, in {summary.seconds:.1f} s")
 
     def _numbers(self) -> dict[str, float]:
-        speed = self._drawn / (time.monotonic() - self._started)
-        left = self._wanted - self._there - self._drawn
+        speed = self._tried / (time.monotonic() - self._started)
+        left = self._wanted - self._there - self._tried
         return {
-            "done": self._there + self._drawn,
+            "done": self._there + self._tried,
             "pictures": self._wanted,
             "pictures_per_second": round(speed, 3),
             "seconds_left": round(left / speed),
         }
 
     def _progress(self) -> str:
-        if not self._drawn:
+        if not self._tried:
             return f"{self._there}/{self._wanted}"
         now = self._numbers()
         left = time.strftime("%H:%M:%S", time.gmtime(now["seconds_left"]))

@@ -10,10 +10,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from filelock import FileLock
+
 from ..errors import OutputError, UsageError
 from .limits import SUFFIXES
 
 MAX_NAME_BYTES = 180
+TEMPORARY = ".tu-diffuse-"
 _SUFFIX_OF = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 _ROOM = 20  # for "-12345", "-steps", ".preview" and the suffix
 _RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{i}" for port in ("COM", "LPT") for i in range(1, 10))}  # by Windows, in any folder
@@ -88,17 +91,23 @@ def plan_target(out: Path | None, name: str | None, picture_format: str | None, 
     return target
 
 
-def publish(data: bytes, folder: Path, wanted: str) -> Path:
+def publish(data: bytes, folder: Path, wanted: str, prefix: str = TEMPORARY) -> Path:
     """Write a whole file under a name that was free, "name-2", "name-3" and so on when it was not.
 
     The bytes go to a temporary file, are synced to disk, and get their final name in one step that fails when the name is taken, so several
     processes can write into one folder and no file is ever seen half written or replaced. A name may begin with folders that are there: "a/b.png".
 
+    Args:
+        data: of the file.
+        folder: that it goes to.
+        wanted: its name, if that is free.
+        prefix: of the temporary file, which only a killed process leaves behind.
+
     Raises:
         OutputError: the folder cannot be written or the disk is full.
     """
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".tu-diffuse-", dir=folder)
+        handle, temporary = tempfile.mkstemp(prefix=prefix, dir=folder)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -108,6 +117,7 @@ def publish(data: bytes, folder: Path, wanted: str) -> Path:
             for candidate in candidates(wanted):
                 with suppress(FileExistsError):
                     _give_name(temporary, folder / candidate)
+                    _sync((folder / candidate).parent)
                     return folder / candidate
         finally:
             with suppress(FileNotFoundError):
@@ -117,14 +127,19 @@ def publish(data: bytes, folder: Path, wanted: str) -> Path:
     raise AssertionError("candidates never end")
 
 
-def replace(data: bytes, path: Path) -> None:
+def replace(data: bytes, path: Path, prefix: str = TEMPORARY) -> None:
     """Write a file whole, in the place of its earlier version: for files that only this run writes.
+
+    Args:
+        data: of the file.
+        path: of the file.
+        prefix: of the temporary file, which only a killed process leaves behind.
 
     Raises:
         OutputError: the folder cannot be written or the disk is full.
     """
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".tu-diffuse-", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=prefix, dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -132,9 +147,10 @@ def replace(data: bytes, path: Path) -> None:
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            _sync(path.parent)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
     except OSError as error:
         raise _unwritable(path.parent, error) from None
 
@@ -185,9 +201,21 @@ def _give_name(temporary: str, final: Path) -> None:
         os.link(temporary, final)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links: reserve the name, then move onto the reservation
-        os.close(os.open(final, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, final)
+    except OSError:  # a file system without hard links: look and rename, one process at a time
+        with FileLock(final.parent / ".tu-diffuse.lock"):
+            if os.path.lexists(final):
+                raise FileExistsError(final) from None
+            os.rename(temporary, final)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder written to the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def try_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from tu_diffuse.batch import drafts
 from tu_diffuse.batch.drafts import Drawn, Lost, Stepped
 from tu_diffuse.batch.engine import render
 from tu_diffuse.batch.items import Item
+from tu_diffuse.batch.parking import forget
 from tu_diffuse.batch.studio import Studio, memory_budget, model_bytes
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.folder import ModelFolder
@@ -27,7 +28,10 @@ def ignore(event: Stepped) -> None:
 
 
 def drawn(studio: Studio, batches: Sequence[Sequence[Item]], folder: Path, window: int = WIDE, tell: Any = ignore) -> dict[str, Drawn | Lost]:
-    return {result.item.key: result for result in render(studio, batches, window, folder, tell)}
+    results = {result.item.key: result for result in render(studio, batches, window, folder, tell)}
+    for batch in batches:
+        forget(batch, folder)
+    return results
 
 
 def pixels(results: dict[str, Drawn | Lost]) -> dict[str, torch.Tensor]:
@@ -134,7 +138,7 @@ def test_a_damaged_parked_draft_is_drawn_anew(items, studio, tmp_path: Path):
     for damage in (b"", b"\xff" * 100):
         with pytest.raises(StoppedError):
             drawn(studio(roomy=False), [made], tmp_path, tell=after(3))
-        parked = list((tmp_path / ".parked").iterdir())
+        parked = list(tmp_path.glob(".parked-*"))
         assert len(parked) == 1
         parked[0].write_bytes(damage)
         assert same(pixels(drawn(studio(roomy=False), [made], tmp_path)), straight)

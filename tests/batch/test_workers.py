@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tu_diffuse.batch.drafts import Stepped
+from tu_diffuse.batch.journal import Entry
 from tu_diffuse.batch.plan import Plan, extend
 from tu_diffuse.batch.run import draw_missing, summarise, there
 from tu_diffuse.batch.workers import Job, draw_in_workers, shares
@@ -56,7 +57,9 @@ def test_shares_are_the_whole_and_do_not_overlap(plan: Plan):
 def test_the_pictures_of_one_process_though_a_worker_is_killed(plan: Plan, studio, tmp_path: Path):
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert len(list(draw_missing(studio(), plan, {}, whole, part=(1, 1), window_bytes=0, tell=lambda _: None))) == 7
+    entries: list[Entry] = []
+    draw_missing(studio(), plan, {}, whole, part=(1, 1), window_bytes=0, tell=lambda _: None, kept=entries.append)
+    assert len(entries) == 7
     killed: list[int] = []
 
     def tell(event: Stepped) -> None:
