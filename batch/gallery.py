@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from filelock import FileLock
-
 from ..pipeline.folder import ModelFolder
+from .files import locked
 from .files import replace as write_whole
 from .lines import Problem
 from .outcomes import Outcome, generate_commands, head_line, outcomes, usual_settings
@@ -37,7 +36,7 @@ def write_gallery(folder: ModelFolder, plan: Plan, out: Path, *, problems: Seque
     Raises:
         OutputError: the folder cannot be written.
     """
-    with FileLock(out / ".gallery.lock"):
+    with locked(out / ".gallery.lock"):
         found = outcomes(folder, plan, out)
         commands = generate_commands(folder, [outcome.item for outcome in found], shared)
         usual = usual_settings(found)

@@ -8,13 +8,13 @@ from io import BytesIO
 from itertools import count
 from pathlib import Path
 
-from filelock import FileLock
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import DataError
 from ..pipeline.folder import ModelFolder
 from ..pipeline.metadata import open_picture
+from .files import locked
 from .files import replace as write_whole
 from .journal import read_journal
 from .lettering import Lettering
@@ -86,7 +86,7 @@ def write_sheet(folder: ModelFolder, plan: Plan, out: Path) -> list[Path]:
     Raises:
         OutputError: the folder cannot be written.
     """
-    with FileLock(out / f".{SHEET}.lock"):
+    with locked(out / f".{SHEET}.lock"):
         names, pages = _page_names(plan, out), list[Path]()
         for page in _pages(folder, outcomes(folder, plan, out), out):
             path = out / next(names)

@@ -192,6 +192,7 @@ def batch(
         reporter.expected(expect(studio, plan, out, which, windows[0], len(places)))
         return
     try_folder(out)
+    shared = shared_arguments(folder, dtype=dtype, device=placed[0], attention=attention)
     started, loads = time.monotonic(), Counter[str]()
     with only_run(out, which):
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
@@ -212,8 +213,8 @@ def batch(
         finally:
             summary = summarise(plan, out, blocked, reporter.drawn, started, loads + Counter(studio.loads))
             reporter.summary(summary)
-        write_sheet(folder, plan, out)
-        write_gallery(folder, plan, out, problems=problems, shared=shared_arguments(folder, dtype=dtype, device=device, attention=attention))
+            write_gallery(folder, plan, out, problems=problems, shared=shared)
+        write_sheet(folder, plan, out)  # not after an interruption: it reads every picture
     if summary.failed or summary.blocked:
         raise typer.Exit(1)
 

@@ -79,11 +79,13 @@ def run(arguments: Sequence[str]) -> int:
     try:
         app(list(arguments), prog_name="tu-diffuse")
     except SystemExit as stop:
+        if stop.code == 130:  # typer's, for KeyboardInterrupt
+            return _interrupted(arguments)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except TuDiffuseError as error:
         return _fail(str(error), error.exit_code, arguments)
     except KeyboardInterrupt:
-        return _fail("interrupted; what was finished is kept.", 130, arguments)
+        return _interrupted(arguments)
     except _Terminated:
         return _fail("terminated; what was finished is kept.", 143, arguments)
     except MemoryError:
@@ -109,6 +111,10 @@ def main() -> NoReturn:
     except BrokenPipeError:
         code = 1
     os._exit(code)
+
+
+def _interrupted(arguments: Sequence[str]) -> int:
+    return _fail("interrupted; what was finished is kept.", 130, arguments)
 
 
 def _fail(message: str, code: int, arguments: Sequence[str]) -> int:

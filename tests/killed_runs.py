@@ -1,4 +1,4 @@
-"""Runs of `tu-diffuse finetune` that are killed: each is a process forked from one that has imported all and run nothing, so it starts at once.
+"""Runs of `tu-diffuse` that are killed: each is a process forked from one that has imported all and run nothing, so it starts at once.
 
 Kill points are file operations, seen by an audit hook in the forked process; the program has no code for them.
 """
@@ -16,8 +16,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 from safetensors import safe_open
-from tu_diffuse.cli.main import run
+from tu_diffuse.cli.batch import _Reporter
+from tu_diffuse.cli.main import main
 from tu_diffuse.training import finetune
 from tu_diffuse.training.checkpoints import load_newest
 
@@ -28,6 +30,7 @@ _SERVER.set_forkserver_preload(
         "bitsandbytes",
         "tu_diffuse.cli.main",
         "tu_diffuse.training.finetune",
+        *(f"tu_diffuse.batch.{name}" for name in ("estimate", "items", "journal", "plan", "run", "studio")),
         *(f"tu_diffuse.pipeline.{name}" for name in ("previews", "text_to_image")),
     ]
 )
@@ -35,9 +38,9 @@ _SERVER.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class At:
-    """A file operation: the name of its audit event, a pattern that its path holds, and which of those that fit.
+    """A file operation: the name of its audit event, a pattern that one of its paths holds, and which of those that fit.
 
-    `torn`: its file is first left as a write that was cut short leaves it.
+    `torn`: its file (of two, the first) is left as a write that was cut short leaves it.
     """
 
     event: str
@@ -47,7 +50,7 @@ class At:
 
 
 def start(arguments: list[str], keys: Path, at: At | None = None) -> Any:
-    """Start a run, a `multiprocessing.Process`; it appends [micro-step, sample numbers] to the file `keys`, and kills itself at `at`."""
+    """Start a run, a `multiprocessing.Process`; it appends what it does to the file `keys` (see `_RECORDERS`), and kills itself at `at`."""
     process = _SERVER.Process(target=_child, args=(arguments, keys, at))
     process.start()
     return process
@@ -83,33 +86,57 @@ def _child(arguments: list[str], keys: Path, at: At | None) -> NoReturn:
     errors = os.open(keys.with_suffix(".err"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
+    _RECORDERS.get(arguments[0], lambda keys: None)(keys)
+    if at is not None:
+        _kill_self(at)
+    sys.argv = ["tu-diffuse", *arguments]
+    main()
+
+
+def _record_samples(keys: Path) -> None:
+    """[micro-step, sample numbers] of each batch that is read."""
     real = finetune.read_batches
 
     def recorded(plan: Any, source: Any, first: int, workers: Any) -> Iterator[Any]:
         for step, batch in zip(count(first), real(plan, source, first, workers), strict=False):
-            with keys.open("a") as file:
-                file.write(json.dumps([step, [number for number, _ in batch]]) + "\n")
+            _append(keys, [step, [number for number, _ in batch]])
             yield batch
 
     finetune.read_batches = recorded
-    if at is not None:
-        _kill_self(at)
-    os._exit(run(arguments))
+
+
+def _record_steps(keys: Path) -> None:
+    """{"rows": pictures} of each denoising step, and what the process holds after each picture."""
+    process = psutil.Process()
+
+    def entry(self: _Reporter, entry: Any, original: Any = _Reporter.entry) -> None:
+        original(self, entry)
+        memory, files = process.memory_info().rss, process.num_fds()
+        _append(keys, {"memory": memory, "files": files, "threads": process.num_threads(), "children": len(process.children())})
+
+    _Reporter.step = lambda self, event: _append(keys, {"rows": event.pictures})
+    _Reporter.entry = entry
+
+
+_RECORDERS = {"finetune": _record_samples, "batch": _record_steps}
+
+
+def _append(keys: Path, line: Any) -> None:
+    with keys.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _kill_self(at: At) -> None:
     seen: list[str] = []
 
     def hook(event: str, details: tuple[Any, ...]) -> None:
-        if event != at.event or not isinstance(details[0], str | os.PathLike):
+        paths = [os.fspath(path) for path in details if isinstance(path, str | os.PathLike)] if event == at.event else []
+        if not any(re.search(at.path, path) for path in paths):
             return
-        path = os.fspath(details[0])
-        if not re.search(at.path, path):
-            return
-        seen.append(path)
+        seen.append(paths[0])
         if len(seen) == at.nth:
             if at.torn:
-                _tear(Path(path), appending=event == "open" and details[1] == "a")
+                _tear(Path(paths[0]), appending=event == "open" and "a" in (details[1] or ""))
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -144,6 +171,12 @@ def samples(keys: Path) -> dict[int, list[int]]:
         step, numbers = json.loads(line)
         assert taken.setdefault(step, numbers) == numbers, step
     return taken
+
+
+def told(keys: Path) -> list[dict[str, int]]:
+    """What a run of batch told: see `_record_steps`. The last line may be torn."""
+    lines = keys.read_text().split("\n")[:-1] if keys.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def check_a_checkpoint_is_left(out: Path) -> int | None:

@@ -1,7 +1,10 @@
 """Drawing batches: the same pixels as generate's, in any order of work, whatever fails on the way."""
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from tu_diffuse.pipeline.loading import choose_place, load_model
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.schedulers.registry import SAMPLERS
 from tu_diffuse.unet.denoiser import UNetDenoiser
+from tu_diffuse.vae.codec import LatentCodec
 
 WIDE = 1 << 40
 
@@ -179,6 +183,64 @@ def test_what_does_not_fit_alone_is_lost(items, studio, monkeypatch: pytest.Monk
         results = drawn(studio(roomy=roomy), [made], tmp_path)
         assert [type(results[item.key]) for item in made] == [Lost, Drawn, Lost]
         assert "cpu ran out of memory at one picture of 32×32" in str(results[made[0].key])
+
+
+CALLS = {"text": (Studio, "read", 3), "step": (UNetDenoiser, "__call__", 4), "codec": (LatentCodec, "decode", 3)}  # of three pictures, four steps
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+@pytest.mark.parametrize("where", CALLS)
+def test_memory_runs_out_once_at_every_call(items, studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, roomy: bool):
+    """A step is tried again with half of the batch; a text or a decoding costs its picture. What the failed call held is let go."""
+    made = items("a", "b", "c")
+    whole = pixels(drawn(studio(), [made], tmp_path))
+    owner, name, calls = CALLS[where]
+    original = getattr(owner, name)
+    for failing in range(1, calls + 1):
+        number, held = count(1), list[Any]()
+
+        def call(self: Any, given: Any, *rest: Any, number: Any = number, failing: int = failing, held: list[Any] = held) -> Any:
+            if next(number) == failing:
+                held.append(weakref.ref(given))
+                raise torch.OutOfMemoryError("full")
+            return original(self, given, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, call)
+            results = drawn(studio(roomy=roomy), [made], tmp_path)
+        lost = [item for item in made if isinstance(results[item.key], Lost)]
+        assert lost == ([] if where == "step" else [made[failing - 1]])
+        for item in made:
+            result = results[item.key]
+            if isinstance(result, Drawn):
+                assert (result.pixels.int() - whole[item.key].int()).abs().max() <= (0 if where == "codec" else 2)
+                assert ("batch-halved" in result.settings["fallbacks"]) == (where == "step")
+        gc.collect()
+        assert len(held) == 1
+        assert where == "text" or held[0]() is None  # a text's request is the test's own
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_a"])
+def test_a_step_that_is_not_finite_costs_its_row(items, studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sampler: str):
+    made = items("a", "b", "c", sampler=sampler, guidance=1.0)
+    whole = pixels(drawn(studio(), [made], tmp_path))
+    original = UNetDenoiser.__call__
+    for step in range(1, 5):
+        for row in range(3):
+            number = count(1)
+
+            def broken(self: UNetDenoiser, *arguments: Any, number: Any = number, step: int = step, row: int = row) -> torch.Tensor:
+                x0 = original(self, *arguments)
+                if next(number) == step:
+                    x0[row, 0, 3, 3] = float("nan") if step % 2 else float("inf")
+                return x0
+
+            with monkeypatch.context() as patch:
+                patch.setattr(UNetDenoiser, "__call__", broken)
+                results = drawn(studio(), [made], tmp_path)
+            assert isinstance(results.pop(made[row].key), Lost)
+            others = {item.key: whole[item.key] for item in made if item != made[row]}
+            assert same(pixels(results), others)
 
 
 def test_other_errors_are_not_hidden(items, studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

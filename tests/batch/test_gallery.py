@@ -323,22 +323,25 @@ def data_of(out: Path) -> list[dict[str, Any]]:
     return json.loads(text.partition('id="data">')[2].partition("</script>")[0])["items"]
 
 
-def test_batch_writes_both_after_parts_and_interruptions(tmp_path: Path, ensemble_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_batch_writes_both_after_parts_and_the_page_after_an_interruption(tmp_path: Path, ensemble_folder: Path, monkeypatch: pytest.MonkeyPatch):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("one\ntwo\nthree\nfour\n")
     command = ["batch", str(prompts), "--out", str(out), "--model", str(ensemble_folder), "--steps", "1", "--batch-size", "1"]
     drawing = tu_diffuse.batch.run.draw_missing
 
-    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
-        yield next(entries := drawing(*arguments, **options))
-        entries.close()
-        raise KeyboardInterrupt
+    def interrupted(*arguments: Any, kept: Any, **options: Any) -> None:
+        def stop(entry: Any) -> None:
+            kept(entry)
+            raise KeyboardInterrupt
+
+        drawing(*arguments, kept=stop, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(tu_diffuse.batch.run, "draw_missing", interrupted)
         assert run([*command, "--part", "1/2"]) == 130
     assert 1 <= sum(item["file"] is not None for item in data_of(out)) < 4
-    assert (out / "contact-sheet.png").exists()
+    assert not (out / "contact-sheet.png").exists()
     for part in ("1/2", "2/2"):
         assert run([*command, "--part", part]) == 0
     assert [item["prompt"] for item in data_of(out) if (out / item["file"]).is_file()] == ["one", "two", "three", "four"]
+    assert (out / "contact-sheet.png").exists()

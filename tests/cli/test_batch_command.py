@@ -1,6 +1,5 @@
 """`tu-diffuse batch` as a whole: every line accounted for, going on after whatever was lost, several processes on one folder."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -9,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from filelock import FileLock
-from PIL import Image
 from tu_diffuse.batch.journal import read_journal
 from tu_diffuse.cli.main import run
 from tu_diffuse.pipeline.metadata import read_metadata
+from whole_folders import digests, summary_of
 
 Batch = Callable[..., tuple[int, list[dict[str, Any]]]]
 
@@ -30,23 +28,6 @@ def batch(ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return call
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """File name -> hash of its pixels, of all pictures in a folder."""
-    found: dict[str, str] = {}
-    for path in folder.glob("*.png"):
-        if path.name[0].isdigit():
-            with Image.open(path) as image:
-                found[path.name] = hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()
-    return found
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    """The summary, which must add up and agree with the folder."""
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["done"] + summary["failed"] + summary["blocked"] + summary["skipped"] == summary["asked"]
-    return summary
 
 
 PROMPTS = "a\nb\nc\nd --s 3\ne\nf\ng\n"
@@ -245,6 +226,21 @@ def test_one_lost_picture_is_told_and_tried_again(batch: Batch, tmp_path: Path, 
     assert batch(PROMPTS)[0] == 0
     assert batch(PROMPTS, out="whole")[0] == 0
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", ["load_readers", "load_experts", "load_codec"])
+def test_a_part_that_does_not_fit_is_one_sentence(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
+):
+    def full(*arguments: Any, **named: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tu_diffuse.batch.studio.{part}", full)
+        assert batch("a\nb\n")[0] == 1
+    assert summary_of(tmp_path / "out")["done"] == 0
+    assert batch("a\nb\n")[0] == 0
+    assert summary_of(tmp_path / "out")["done"] == 2
 
 
 def test_replay_finds_the_company(batch: Batch, tmp_path: Path, ensemble_folder: Path, capsys: pytest.CaptureFixture[str]):

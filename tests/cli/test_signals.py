@@ -19,5 +19,6 @@ def test_signals(ensemble_folder: Path, tmp_path: Path, sent: signal.Signals, co
     _, error = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in error
+    assert error.count("tu-diffuse: ") == 1
     assert Path(first).is_file()
     assert all(path.suffix == ".png" and not path.name.startswith(".") for path in tmp_path.iterdir())
