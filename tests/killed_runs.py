@@ -40,13 +40,14 @@ _SERVER.set_forkserver_preload(
 class At:
     """A file operation: the name of its audit event, a pattern that one of its paths holds, and which of those that fit.
 
-    `torn`: its file (of two, the first) is left as a write that was cut short leaves it.
+    `torn`: its file (of two, the first) is left as a write that was cut short leaves it. `signals`: sent at it, and at those after it.
     """
 
     event: str
     path: str
     nth: int = 1
     torn: bool = False
+    signals: tuple[int, ...] = (signal.SIGKILL,)
 
 
 def start(arguments: list[str], keys: Path, at: At | None = None) -> Any:
@@ -134,10 +135,10 @@ def _kill_self(at: At) -> None:
         if not any(re.search(at.path, path) for path in paths):
             return
         seen.append(paths[0])
-        if len(seen) == at.nth:
-            if at.torn:
-                _tear(Path(paths[0]), appending=event == "open" and "a" in (details[1] or ""))
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(seen) == at.nth and at.torn:
+            _tear(Path(paths[0]), appending=event == "open" and "a" in (details[1] or ""))
+        if 0 <= len(seen) - at.nth < len(at.signals):
+            os.kill(os.getpid(), at.signals[len(seen) - at.nth])
 
     sys.addaudithook(hook)
 

@@ -71,7 +71,7 @@ PICTURES = {
     "what the kill before left is swept": At("os.remove", r"\.batch-"),
     "the plan is written, not yet renamed": At("os.rename", r"/plan\.json$"),
     "the journal is there to be read, nothing is planned": At("open", r"/journal\.jsonl$"),
-    "the plan is there, nothing is drawn": At("os.remove", r"\.batch-", nth=2),  # of the sweep and of the plan
+    "the plan is there, nothing is drawn": At("os.remove", r"\.batch-"),
     "a picture is half written": At("os.link", r"\.png$", torn=True),
     "a picture is written and has no name": At("os.link", r"\.png$", nth=2),
     "a picture has its name, the line is missing": At("open", r"/\.journal\.jsonl\.lock$", nth=2),
