@@ -135,10 +135,11 @@ def _kill_self(at: At) -> None:
         if not any(re.search(at.path, path) for path in paths):
             return
         seen.append(paths[0])
-        if len(seen) == at.nth and at.torn:
+        number = len(seen)
+        if number == at.nth and at.torn:
             _tear(Path(paths[0]), appending=event == "open" and "a" in (details[1] or ""))
-        if 0 <= len(seen) - at.nth < len(at.signals):
-            os.kill(os.getpid(), at.signals[len(seen) - at.nth])
+        if 0 <= number - at.nth < len(at.signals):
+            os.kill(os.getpid(), at.signals[number - at.nth])
 
     sys.addaudithook(hook)
 
