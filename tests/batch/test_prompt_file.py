@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tu_diffuse
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -20,7 +19,7 @@ from tu_diffuse.batch.prompt_file import KINDS, Kind, PromptFile, kind_of, read_
 from tu_diffuse.errors import UsageError
 
 VALIDATOR = Draft202012Validator(schema())
-DOCS = Path(tu_diffuse.__file__).parent / "docs" / "prompt-files.md"
+DOCS = Path(__file__).parents[2] / "docs" / "prompt-files.md"
 
 
 def read(text: str | bytes, kind: Kind) -> PromptFile:
