@@ -84,6 +84,7 @@ def kill_at(arguments: list[str], keys: Path, at: At) -> None:
 
 
 def _child(arguments: list[str], keys: Path, at: At | None) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so would we
     errors = os.open(keys.with_suffix(".err"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
