@@ -216,9 +216,9 @@ def suggest_boundary(
     del debug  # read in main.py
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_device
+    from ..shards.index import index_shards
+    from ..shards.specs import expand
     from ..training.boundary import suggest_boundary as suggest
-    from ..training.shard_specs import expand
-    from ..training.shards import index_shards
 
     model, place = open_folder(folder), choose_device(device)
     index = index_shards(expand(shards))

@@ -132,16 +132,16 @@ def finetune(
 
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_device
+    from ..shards.filters import check_filters, drop_reason
+    from ..shards.index import index_shards
+    from ..shards.specs import expand
     from ..training.config import filters_of, make_config, read_toml
-    from ..training.filters import check_filters, drop_reason
     from ..training.finetune import finetune as run
     from ..training.finetune import make_plan
     from ..training.loop import InterruptedRunError
     from ..training.optimizers import check_optimizer
-    from ..training.shard_specs import expand
-    from ..training.shards import index_shards
     from ..training.tracking import check_trackers
-    from ..training.workers import join_workers
+    from ..training.workers import joined_workers
 
     options = make_config({**({} if config is None else read_toml(config)), **{name: value for name, value in given.items() if value is not None}})
     check_optimizer(options.optimizer)
@@ -154,29 +154,29 @@ def finetune(
     check_filters(filters, [sample.columns for sample in index.samples])
     reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
     plan = make_plan(options, folder, index, [i for i, reason in enumerate(reasons) if reason is None])
-    processes = join_workers()
-    reporter = _Reporter(as_json, options.batch_size * options.accumulate, processes.writes)
-    reporter.plan(plan, Counter(reason for reason in reasons if reason is not None))
-    if dry_run:
-        reporter.say(_measured(plan, out, place))
-        return
-    stopped_by: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stopper(stopped_by))
-    try:
-        result = run(
-            plan,
-            out,
-            reporter,
-            workers=processes,
-            should_stop=lambda: bool(stopped_by),
-            draw_prompts=_drawer(plan, out, place),
-            device=place,
-        )
-    except InterruptedRunError as error:
-        reporter.say(f"{error}; run the same command again to go on")
-        raise typer.Exit(128 + stopped_by[0] if stopped_by else 1) from None
-    reporter.done(result)
+    with joined_workers() as processes:
+        reporter = _Reporter(as_json, options.batch_size * options.accumulate, processes.writes)
+        reporter.plan(plan, Counter(reason for reason in reasons if reason is not None))
+        if dry_run:
+            reporter.say(_measured(plan, out, place))
+            return
+        stopped_by: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stopper(stopped_by))
+        try:
+            result = run(
+                plan,
+                out,
+                reporter,
+                workers=processes,
+                should_stop=lambda: bool(stopped_by),
+                draw_prompts=_drawer(plan, out, place),
+                device=place,
+            )
+        except InterruptedRunError as error:
+            reporter.say(f"{error}; run the same command again to go on")
+            raise typer.Exit(128 + stopped_by[0] if stopped_by else 1) from None
+        reporter.done(result)
 
 
 class _Reporter:

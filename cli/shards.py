@@ -32,7 +32,7 @@ from .shard_options import (
 from .shard_progress import printable, progress
 
 if TYPE_CHECKING:
-    from ..training.shards import ShardIndex
+    from ..shards.index import ShardIndex
 
 app = typer.Typer(
     help="Check, count, filter and encode LAION-style tar shards, as img2dataset writes them.",
@@ -69,9 +69,9 @@ def check(
     of members (used, skipped, ignored) = members with a whole header.
     """
     del debug  # read in main.py
-    from ..training.shard_check import ShardReport, check_shard
-    from ..training.shard_specs import expand, shard_name
-    from ..training.shards import describe, join_reports
+    from ..shards.check import ShardReport, check_shard
+    from ..shards.index import describe, join_reports
+    from ..shards.specs import expand, shard_name
 
     locations = expand(specs)
     reports: list[ShardReport] = []
@@ -124,8 +124,8 @@ def stats(
     check's, dropped, kept, plot).
     """
     del debug  # read in main.py
-    from ..training.filters import aspect_range, make_filters
-    from ..training.shard_stats import distributions, effects, words
+    from ..shards.filters import aspect_range, make_filters
+    from ..shards.stats import distributions, effects, words
 
     filters = make_filters(
         preset,
@@ -147,8 +147,8 @@ def stats(
     numbers, texts = distributions(index.samples, filters), words(index.samples, filters)
     found, dropped = effects(filters, [sample.columns for sample in index.samples])
     if plot is not None:
-        from ..training.shard_plot import draw_plot
-        from ..training.shard_writer import publish
+        from ..shards.plot import draw_plot
+        from ..shards.writer import publish
 
         title = f"{len(index.samples)} samples in {len(index.shards)} shard{'s' * (len(index.shards) > 1)}"
         picture = draw_plot(numbers, texts, title + (f", {dropped} dropped by the filters" if found else ""))
@@ -210,9 +210,9 @@ def filter_shards(
     kept).
     """
     del debug  # read in main.py
-    from ..training.filters import active, aspect_range, check_filters, drop_reason, make_filters
-    from ..training.shard_specs import shard_name
-    from ..training.shard_writer import write_filtered
+    from ..shards.filters import active, aspect_range, check_filters, drop_reason, make_filters
+    from ..shards.specs import shard_name
+    from ..shards.writer import write_filtered
 
     filters = make_filters(
         preset,
@@ -301,10 +301,10 @@ def encode(
 
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_device
+    from ..shards.filters import aspect_range, check_filters, drop_reason, make_filters
+    from ..shards.index import encoding_of
+    from ..shards.specs import shard_name
     from ..training.encode_shards import encode_shards, load_encoder
-    from ..training.filters import aspect_range, check_filters, drop_reason, make_filters
-    from ..training.shard_specs import shard_name
-    from ..training.shards import encoding_of
 
     filters = make_filters(
         preset,
@@ -339,8 +339,8 @@ def encode(
 
 
 def _index(specs: Sequence[str], skip_damaged: bool, max_lost: float, *, verify_pictures: bool, verify_hashes: bool) -> "ShardIndex":
-    from ..training.shard_specs import expand, shard_name
-    from ..training.shards import index_shards
+    from ..shards.index import index_shards
+    from ..shards.specs import expand, shard_name
 
     if not 0 <= max_lost <= 1:
         raise UsageError(f"--max-lost {max_lost} is out of range; give a share from 0 to 1.")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from tu_diffuse.pipeline.folder import ModelFolder, open_folder
+from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.batches import ahead, batch_plan, crop_generator
 from tu_diffuse.training.config import FinetuneConfig
 from tu_diffuse.training.encode_shards import encode_shards, load_encoder
@@ -29,12 +30,12 @@ from tu_diffuse.training.encoded import open_source
 from tu_diffuse.training.finetune import Plan, finetune, make_plan
 from tu_diffuse.training.loop import Logged, generator_for
 from tu_diffuse.training.objective import Objective, denoising_loss, draw
-from tu_diffuse.training.shards import ShardIndex, index_shards
 from tu_diffuse.training.subject import load_subject, predictor
 
 sys.path.insert(0, str(Path(__file__).parent / "embedded"))
-from shards import write_shard
 from world import STAGES
+
+from shards import write_shard
 
 CPU = torch.device("cpu")
 

@@ -17,6 +17,7 @@ from statistics import mean
 
 import torch
 from tu_diffuse.pipeline.folder import EMBEDDED, ModelFolder, open_folder
+from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.config import FinetuneConfig
 from tu_diffuse.training.encode_shards import encode_shards, load_encoder
 from tu_diffuse.training.encoded import open_source
@@ -25,12 +26,12 @@ from tu_diffuse.training.forking import drop, fork
 from tu_diffuse.training.intervals import sigma_of
 from tu_diffuse.training.loop import Logged
 from tu_diffuse.training.objective import Objective
-from tu_diffuse.training.shards import ShardIndex, index_shards
 from tu_diffuse.training.subject import load_subject
 
 sys.path.insert(0, str(Path(__file__).parent / "embedded"))
-from shards import write_shard
 from world import STAGES
+
+from shards import write_shard
 
 CPU = torch.device("cpu")
 SHARDS = 4

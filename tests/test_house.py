@@ -13,9 +13,10 @@ ROOT = Path(tu_diffuse.__file__).parent
 BOTTOM = ("unet", "vae", "text_encoders", "schedulers")
 MAY_IMPORT = {name: {name} for name in BOTTOM} | {
     "pipeline": {"pipeline", *BOTTOM},
-    "training": {"training", "pipeline", *BOTTOM},
+    "shards": {"shards"},
+    "training": {"training", "shards", "pipeline", *BOTTOM},
     "batch": {"batch", "pipeline", *BOTTOM},
-    "cli": {"cli", "batch", "pipeline", "training"},
+    "cli": {"cli", "batch", "pipeline", "shards", "training"},
 }
 SHARED = {"contracts", "attention", "errors", "weights", "__init__", ""}
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
+from ..shards.index import ShardIndex
 from .loop import epoch_order, generator_for
-from .shards import ShardIndex
 
 Row = TypeVar("Row")
 Made = TypeVar("Made")

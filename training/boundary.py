@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
 from ..pipeline.folder import ModelFolder
+from ..shards.index import ShardIndex
 from .encoded import open_source, stored_encoding
 from .intervals import expert_of, first_timestep
 from .loop import generator_for
 from .objective import Draw, Objective, denoising_loss
-from .shards import ShardIndex
 from .subject import load_subject, predictor, read_as
 
 FOLDS = 8  # independent sets of pictures: products of gradients of different folds have no bias from sampling, and leaving each out shows the spread

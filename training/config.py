@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import UsageError
-from .filters import Filters, aspect_range, make_filters
+from ..shards.filters import Filters, aspect_range, make_filters
 from .train_config import Fall, OptimizerName
 
 

@@ -21,16 +21,16 @@ from ..attention import AttentionBackend
 from ..errors import DataError, OutputError
 from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import Place, TextParts, load_codec, load_text
+from ..shards.check import Sample, check_shard
+from ..shards.encoded_members import ENCODED_SUFFIX, ENCODING_MEMBER, Encoding, differences
+from ..shards.index import ShardIndex
+from ..shards.scan import BLOCK
+from ..shards.specs import read_range, shard_name
+from ..shards.writer import count_reasons, end_shard, make_folder, publish, samples_by_shard, shard_paths, stats_path, write_stats
 from ..text_encoders.encode import ClipT5Part
 from ..vae.codec import LatentCodec
 from .batches import AHEAD, Fitted, ahead, bucket_of, fit, sizes_for
 from .encoded import encoding_for, pack_encoding, pack_sample
-from .encoded_members import ENCODED_SUFFIX, ENCODING_MEMBER, Encoding, differences
-from .shard_check import Sample, check_shard
-from .shard_scan import BLOCK
-from .shard_specs import read_range, shard_name
-from .shard_writer import count_reasons, end_shard, make_folder, publish, samples_by_shard, shard_paths, stats_path, write_stats
-from .shards import ShardIndex
 from .sources import text_features
 
 

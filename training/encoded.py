@@ -12,13 +12,13 @@ from ..attention import AttentionBackend
 from ..errors import DataError, UsageError
 from ..pipeline.folder import TEXT_PARTS, ModelFolder
 from ..pipeline.loading import DTYPES, Place, load_codec, load_conditioner, load_text
+from ..shards.encoded_members import METADATA, Encoding, StoredEncoding, content_sha256, differences, read_header
+from ..shards.index import ShardIndex, encoding_of
+from ..shards.specs import read_range
 from ..unet.experts import ExpertText
 from ..vae.codec import sample_posterior
 from ..weights import files_sha256, weight_files
 from .batches import Fitted
-from .encoded_members import METADATA, Encoding, StoredEncoding, content_sha256, differences, read_header
-from .shard_specs import read_range
-from .shards import ShardIndex, encoding_of
 from .sources import Batch, Features, Join, Source, make_join, picture_source
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")

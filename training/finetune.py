@@ -21,17 +21,17 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
+from ..shards.encoded_members import StoredEncoding
+from ..shards.index import ShardIndex
 from .batches import ahead, batch_plan, bucket_of, crop_generator, sizes_for
 from .checkpoints import load_newest
 from .config import FinetuneConfig
 from .encoded import encoded_bucket, open_source, stored_encoding
-from .encoded_members import StoredEncoding
 from .loop import generator_for, train
 from .memory import recompute_activations
 from .objective import Draw, Objective, denoising_loss, draw
 from .result import write_result
 from .run_report import picture_name, write_report
-from .shards import ShardIndex
 from .sources import Source
 from .staging import remove_staged, write_file
 from .subject import Subject, load_subject, predictor, read_as, trained_networks

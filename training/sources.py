@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ..contracts import Conditioning
 from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import AESTHETIC_SCORE, TextParts
+from ..shards.index import ShardIndex
 from ..text_encoders.conditioner import Conditioner
 from ..text_encoders.encode import ClipPart, ClipT5Part, embed_clip_t5, encode_sd, encode_sdxl
 from ..vae.codec import LatentCodec
 from .batches import Fitted, fit
 from .objective import Draw
-from .shards import ShardIndex
 
 Features = Mapping[str, Tensor]
 """What text encoders say about a batch of captions, by name, each (batch, ...); see `text_features`."""

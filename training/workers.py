@@ -4,7 +4,8 @@ Start them with `accelerate launch` or `torchrun`, which describe the group in t
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +52,18 @@ class Workers:
 ALONE = Workers()
 
 
-def join_workers() -> Workers:
-    """Join the group that the environment describes (gloo on the CPU, nccl with CUDA), or be alone."""
+@contextmanager
+def joined_workers() -> Generator[Workers]:
+    """Join the group that the environment describes (gloo on the CPU, nccl with CUDA) and leave it at the end, or be alone.
+
+    A process that ends inside a group may be aborted by the threads of its connections.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return Workers(int(os.environ.get("RANK", "0")), count)
+    if count == 1:
+        yield ALONE
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Workers(dist.get_rank(), count)
+    finally:
+        dist.destroy_process_group()

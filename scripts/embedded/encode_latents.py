@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tu_diffuse.training.shards import load_shards
+from tu_diffuse.shards.index import load_shards
 from tu_diffuse.vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from tu_diffuse.weights import load_weights
 

@@ -29,7 +29,7 @@ from tu_diffuse.training.loop import batch_indices, generator_for, train
 from tu_diffuse.training.objective import ConditionedUNet, Draw, Objective, TextFeatures, denoising_loss, draw, shifted_cosine_betas, text_gap
 from tu_diffuse.training.tallies import noise_bins
 from tu_diffuse.training.train_config import TrainConfig
-from tu_diffuse.training.workers import join_workers
+from tu_diffuse.training.workers import Workers, joined_workers
 from tu_diffuse.unet.config import UNetConfig
 from tu_diffuse.unet.unet import UNet
 from tu_diffuse.weights import load_weights
@@ -158,7 +158,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    workers = join_workers()
+    with joined_workers() as workers:
+        train_network(options, workers)
+
+
+def train_network(options: argparse.Namespace, workers: Workers) -> None:
+    """This process's share of the training."""
     encoders = TextEncoders(options.text)
     latents, captions = load_data(options.latents)
     ids = encoders.tokenize(captions)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shards import write_shard
 from torch import Tensor
 from tu_diffuse.cli.main import run
 from tu_diffuse.pipeline.folder import open_folder
@@ -18,6 +17,8 @@ from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.training import posthoc
 from tu_diffuse.training.checkpoints import load_newest
 from world import STAGES
+
+from shards import write_shard
 
 STEPS, EVERY = 12, 2
 

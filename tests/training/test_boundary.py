@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from shards import write_shard
 from torch import Tensor, nn
 from tu_diffuse.errors import ModelError, UsageError
 from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.boundary import FOLDS, Batch, border_gains, measure, suggest_boundary
-from tu_diffuse.training.shards import ShardIndex, index_shards
 from world import STAGES
+
+from shards import write_shard
 
 BINS = 10
 

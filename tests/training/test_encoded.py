@@ -22,6 +22,9 @@ from shard_sets import flip, write
 from tu_diffuse.errors import DataError, OutputError, UsageError
 from tu_diffuse.pipeline.folder import ModelFolder, open_folder
 from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.shards.check import check_shard
+from tu_diffuse.shards.index import ShardIndex, encoding_of, index_shards
+from tu_diffuse.shards.writer import write_filtered
 from tu_diffuse.text_encoders.clip import CLIPText
 from tu_diffuse.text_encoders.t5 import T5Encoder
 from tu_diffuse.training import encode_shards as module
@@ -31,9 +34,6 @@ from tu_diffuse.training.encoded import encoding_for, open_source, unpack
 from tu_diffuse.training.finetune import Plan, finetune, make_plan
 from tu_diffuse.training.loop import InterruptedRunError
 from tu_diffuse.training.objective import denoising_loss
-from tu_diffuse.training.shard_check import check_shard
-from tu_diffuse.training.shard_writer import write_filtered
-from tu_diffuse.training.shards import ShardIndex, encoding_of, index_shards
 from tu_diffuse.training.sources import Source
 from tu_diffuse.vae.autoencoder import Autoencoder
 from tu_diffuse.vae.autoencoder_dc import AutoencoderDC

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from shards import write_shard
 from torch import Tensor
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.folder import ModelFolder, open_folder
 from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
+from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.batches import fit
 from tu_diffuse.training.config import FinetuneConfig, make_config
 from tu_diffuse.training.encoded import open_source
@@ -24,10 +24,11 @@ from tu_diffuse.training.loop import InterruptedRunError, Logged
 from tu_diffuse.training.memory import recompute_activations
 from tu_diffuse.training.objective import Objective, denoising_loss, draw
 from tu_diffuse.training.result import LORA_FILE
-from tu_diffuse.training.shards import ShardIndex, index_shards
 from tu_diffuse.training.subject import load_subject, predictor
 from tu_diffuse.training.train_config import TrainConfig
 from world import STAGES
+
+from shards import write_shard
 
 CPU = torch.device("cpu")
 BASE = FinetuneConfig(shards=("unused",), steps=6, batch_size=4, lr=1e-3, resolution=32, workers=0, save_every=2)

@@ -10,11 +10,11 @@ import torch
 from shard_sets import members_of, write
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.shards.index import index_shards
 from tu_diffuse.training.batches import Fitted
 from tu_diffuse.training.config import FinetuneConfig
 from tu_diffuse.training.encoded import open_source
 from tu_diffuse.training.finetune import Plan, finetune, make_plan, read_batches
-from tu_diffuse.training.shards import index_shards
 from tu_diffuse.training.workers import ALONE, Workers
 
 EPOCHS, BATCH = 3, 4

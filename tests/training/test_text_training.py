@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from shards import write_shard
 from torch import Tensor
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
+from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.composing import compose
 from tu_diffuse.training.config import FinetuneConfig, make_config
 from tu_diffuse.training.encoded import open_source
@@ -25,9 +25,10 @@ from tu_diffuse.training.loop import InterruptedRunError
 from tu_diffuse.training.lora import ldm_name
 from tu_diffuse.training.objective import Draw
 from tu_diffuse.training.result import LORA_FILE
-from tu_diffuse.training.shards import ShardIndex, index_shards
 from tu_diffuse.training.subject import read_as
 from world import STAGES
+
+from shards import write_shard
 
 CPU = torch.device("cpu")
 BASE = FinetuneConfig(shards=("unused",), steps=3, batch_size=4, lr=2e-2, resolution=32, workers=0, caption_dropout=0.3)

@@ -12,22 +12,22 @@ import sys, torch
 from pathlib import Path
 from tu_diffuse.training.loop import batch_indices, train
 from tu_diffuse.training.train_config import TrainConfig
-from tu_diffuse.training.workers import join_workers
+from tu_diffuse.training.workers import joined_workers
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
 data = torch.randn(32, 6)
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-workers = join_workers()
 config = TrainConfig(steps=20, lr=0.05, warmup=3, log_every=1, save_every=10, max_grad_norm=1e9)
 
-def loss_at(step):
-    rows = data[batch_indices(32, 8, 0, step)[workers.rows]]
-    return {"loss": (model(rows) - rows.sum(1, keepdim=True).sin()).square().mean()}
+with joined_workers() as workers:
+    def loss_at(step):
+        rows = data[batch_indices(32, 8, 0, step)[workers.rows]]
+        return {"loss": (model(rows) - rows.sum(1, keepdim=True).sin()).square().mean()}
 
-trained = train(model, loss_at, config, Path(sys.argv[1]), lambda line: None, workers)
-if workers.writes:
-    print([round(value, 6) for value in trained[0].weight.flatten().tolist()])
+    trained = train(model, loss_at, config, Path(sys.argv[1]), lambda line: None, workers)
+    if workers.writes:
+        print([round(value, 6) for value in trained[0].weight.flatten().tolist()])
 """
 
 EXPERTS = """
@@ -35,25 +35,25 @@ import sys, torch
 from pathlib import Path
 from tu_diffuse.training.loop import train
 from tu_diffuse.training.train_config import TrainConfig
-from tu_diffuse.training.workers import join_workers
+from tu_diffuse.training.workers import joined_workers
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = torch.nn.ModuleDict({name: torch.nn.Linear(3, 1) for name in "abc"})
 before = model["c"].weight.detach().clone()
-workers = join_workers()
 config = TrainConfig(steps=12, lr=0.05, warmup=0, log_every=1, save_every=10, max_grad_norm=1e9)
 
-def loss_at(step):
-    rows = torch.randn((2, 3), generator=torch.Generator().manual_seed(step))
-    owners = ("a", "b") if step % 3 else ("a", "a")  # one process may have no row of an expert, and at times nobody has one
-    mine = list(zip(rows, owners))[workers.rows]
-    return {"loss": torch.stack([(model[owner](row) - row.sum()).square().mean() for row, owner in mine]).mean()}
+with joined_workers() as workers:
+    def loss_at(step):
+        rows = torch.randn((2, 3), generator=torch.Generator().manual_seed(step))
+        owners = ("a", "b") if step % 3 else ("a", "a")  # one process may have no row of an expert, and at times nobody has one
+        mine = list(zip(rows, owners))[workers.rows]
+        return {"loss": torch.stack([(model[owner](row) - row.sum()).square().mean() for row, owner in mine]).mean()}
 
-trained = train(model, loss_at, config, Path(sys.argv[1]), lambda line: None, workers)
-if workers.writes:
-    assert torch.equal(trained["c"].weight, before)
-    print([round(value, 6) for name in "ab" for value in trained[name].weight.flatten().tolist()])
+    trained = train(model, loss_at, config, Path(sys.argv[1]), lambda line: None, workers)
+    if workers.writes:
+        assert torch.equal(trained["c"].weight, before)
+        print([round(value, 6) for name in "ab" for value in trained[name].weight.flatten().tolist()])
 """
 
 

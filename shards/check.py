@@ -9,9 +9,9 @@ from typing import cast
 from ..errors import DataError
 from .columns import Columns
 from .encoded_members import ENCODING_MEMBER, Encoding, StoredEncoding
-from .shard_runs import Read, Run, judge, read_runs
-from .shard_scan import Gap
-from .shard_specs import open_shard, read_beside, shard_name
+from .runs import Read, Run, judge, read_runs
+from .scan import Gap
+from .specs import open_shard, read_beside, shard_name
 
 _GAPS = {
     "header": "the header of a member is flipped, zeroed or false",

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from tu_diffuse.errors import DataError, UsageError
-from tu_diffuse.training.columns import Columns
-from tu_diffuse.training.filters import PRESETS, Filters, active, check_filters, drop_reason, drop_reasons, make_filters
+from tu_diffuse.shards.columns import Columns
+from tu_diffuse.shards.filters import PRESETS, Filters, active, check_filters, drop_reason, drop_reasons, make_filters
 
 KEPT = None
 LIMITS: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from shard_sets import BLOCK, Placed, checksum_holds, encoded, flip, members_of, some_shard, tar_bytes
 from tu_diffuse.errors import DataError
-from tu_diffuse.training.shard_check import ShardReport, check_shard
-from tu_diffuse.training.shards import accept, join_reports
+from tu_diffuse.shards.check import ShardReport, check_shard
+from tu_diffuse.shards.index import accept, join_reports
 
 Damaged = tuple[bytes, bool, set[str], int]  # the shard; is it damaged; keys that must come out; members that must be seen
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from shard_sets import BLOCK, END, encoded, members_of, tar_bytes
 from tu_diffuse.errors import DataError
-from tu_diffuse.training.shard_check import check_shard
-from tu_diffuse.training.shards import accept, index_shards, join_reports
+from tu_diffuse.shards.check import check_shard
+from tu_diffuse.shards.index import accept, index_shards, join_reports
 
 WATCHED = ("open", "os.mkdir", "os.remove", "os.rename", "os.link", "os.symlink", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen")
 WATCHED += ("pickle.find_class", "socket.connect", "shutil.unpack_archive")

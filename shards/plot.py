@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .shard_stats import Distribution, Words
+from .stats import Distribution, Words
 
 _COLUMNS = 3
 _WIDTH, _HEIGHT = 440, 250  # of one panel in pixels

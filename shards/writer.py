@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ..errors import DataError, OutputError, UsageError
-from .shard_check import Sample
-from .shard_scan import BLOCK
-from .shard_specs import open_shard, shard_name
-from .shards import ShardIndex
+from .check import Sample
+from .index import ShardIndex
+from .scan import BLOCK
+from .specs import open_shard, shard_name
 
 _RECORD = 10240  # tar files are padded to multiples of this
 _CHUNK = 1 << 20

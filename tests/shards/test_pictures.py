@@ -13,7 +13,7 @@ import tu_diffuse
 from PIL import Image
 from shard_sets import encoded
 from tu_diffuse.errors import DataError
-from tu_diffuse.training.pictures import decode_picture, has_signature
+from tu_diffuse.shards.pictures import decode_picture, has_signature
 
 
 def save(picture: Image.Image, picture_format: str, **options: object) -> bytes:
@@ -128,8 +128,8 @@ def test_bombs_are_rejected_before_they_are_decoded(side: int):
 
 
 def test_nothing_switches_truncated_pictures_on_or_unpickles():
-    folder = Path(tu_diffuse.__file__).parent / "training"
-    files = [*folder.glob("shard*.py"), folder / "pictures.py"]
+    folder = Path(tu_diffuse.__file__).parent / "shards"
+    files = list(folder.glob("*.py"))
     assert len(files) > 5
     for path in files:
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError, UsageError
+from .check import Damage, Sample, ShardReport, check_shard
 from .encoded_members import ENCODING_MEMBER, StoredEncoding, check_content, differences, read_header
 from .pictures import decode_picture
-from .shard_check import Damage, Sample, ShardReport, check_shard
-from .shard_specs import read_range, shard_name
+from .specs import read_range, shard_name
 
 MAX_LOST = 0.01
 
@@ -30,7 +30,7 @@ class ShardIndex:
     """The whole samples of a set of shards, and an account of all else that lies in them.
 
     Attributes:
-        shards: locations, as `shard_specs.expand` returns them; `Sample.shard` counts into it.
+        shards: locations, as `specs.expand` returns them; `Sample.shard` counts into it.
         samples: in the order of the shards and of the members within.
         skipped: how many samples were left out for each reason. A sample is a run of adjacent members of one key, so
             `len(samples) + sum(skipped.values())` is the number of such runs in the shards.
@@ -113,7 +113,7 @@ def index_shards(
     """Read every shard once and index its samples.
 
     Args:
-        locations: files and URLs; see `shard_specs.expand`.
+        locations: files and URLs; see `specs.expand`.
         verify_pictures: decode every picture. Without it a picture's first bytes are checked, and damage further in is an error of
             `ShardIndex.picture`.
         verify_hashes: compare every picture with the hash in its .json. img2dataset takes that hash before resizing, so this is for pictures

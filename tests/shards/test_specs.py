@@ -10,9 +10,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 from shard_sets import members_of, tar_bytes, write
 from tu_diffuse.errors import DataError, UnsafeError, UsageError
-from tu_diffuse.training import shard_specs
-from tu_diffuse.training.shard_specs import expand, shard_name
-from tu_diffuse.training.shards import index_shards
+from tu_diffuse.shards import specs
+from tu_diffuse.shards.index import index_shards
+from tu_diffuse.shards.specs import expand, shard_name
 from web_server import files_of, serve
 
 
@@ -152,7 +152,7 @@ def test_a_web_server_that_sends_only_whole_files_is_refused(tmp_path: Path):
 
 
 def test_a_connection_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shard_specs, "_REMOTE_BLOCK", 1024)
+    monkeypatch.setattr(specs, "_REMOTE_BLOCK", 1024)
     folder = web_folder(tmp_path)
     for allowed in range(3, 30, 4):
         answers = itertools.count()

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from shard_sets import FORMATS, encoded, members_of, tar_bytes, write
 from tu_diffuse.errors import DataError, OutputError, UsageError
-from tu_diffuse.training import shard_writer
-from tu_diffuse.training.filters import Filters, drop_reason
-from tu_diffuse.training.shard_plot import draw_plot
-from tu_diffuse.training.shard_stats import distributions, effects, words
-from tu_diffuse.training.shard_writer import write_filtered
-from tu_diffuse.training.shards import ShardIndex, index_shards
+from tu_diffuse.shards import writer
+from tu_diffuse.shards.filters import Filters, drop_reason
+from tu_diffuse.shards.index import ShardIndex, index_shards
+from tu_diffuse.shards.plot import draw_plot
+from tu_diffuse.shards.stats import distributions, effects, words
+from tu_diffuse.shards.writer import write_filtered
 
 
 def indexed(*paths: Path, **options: bool) -> ShardIndex:
@@ -85,13 +85,13 @@ def test_nothing_is_overwritten(tmp_path: Path, name: str):
 def test_a_name_taken_while_writing_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     index = indexed(write(tmp_path / "a.tar", members_of(2)))
     out = tmp_path / "out"
-    copy = shard_writer._copy
+    copy = writer._copy
 
     def taken_meanwhile(*arguments: object) -> None:
         (out / "a.tar").write_text("theirs")
         copy(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shard_writer, "_copy", taken_meanwhile)
+    monkeypatch.setattr(writer, "_copy", taken_meanwhile)
     with pytest.raises(OutputError, match="never overwritten"):
         list(write_filtered(index, [None, None], out))
     assert {path.name: path.read_text() for path in out.iterdir()} == {"a.tar": "theirs"}
@@ -113,7 +113,7 @@ def test_a_failure_leaves_no_file_under_any_name(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     if failing == "write":
-        monkeypatch.setattr(shard_writer, "_copy", fail)
+        monkeypatch.setattr(writer, "_copy", fail)
     else:
         monkeypatch.setattr(os, failing, fail)
         monkeypatch.setattr(os, "replace", fail)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .check import Sample
 from .columns import NUMBERS, Columns
 from .filters import Filters, active, aspect_ratio, drop_reasons, smaller_side, verdicts
-from .shard_check import Sample
 
 Range = tuple[float | None, float | None]
 BINS = 30

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from tu_diffuse.training.columns import Columns, read_columns
+from tu_diffuse.shards.columns import Columns, read_columns
 
 # What the tables' own names give; from the dataset cards and img2dataset's downloader.
 TABLES = {

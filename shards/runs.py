@@ -20,7 +20,7 @@ from .encoded_members import (
     sample_header,
 )
 from .pictures import SIGNATURE_BYTES, decode_picture, has_signature
-from .shard_scan import Gap, Member, scan
+from .scan import Gap, Member, scan
 
 MAX_PICTURE_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 20

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from shard_sets import FORMATS, encoded, members_of, tar_bytes, write
 from tu_diffuse.errors import DataError
-from tu_diffuse.training.shard_check import check_shard
-from tu_diffuse.training.shards import ShardIndex, accept, index_shards, join_reports, load_shards
+from tu_diffuse.shards.check import check_shard
+from tu_diffuse.shards.index import ShardIndex, accept, index_shards, join_reports, load_shards
 
 Members = list[tuple[str, bytes]]
 

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import DataError
-from tu_diffuse.training.filters import make_filters
-from tu_diffuse.training.shard_specs import expand
-from tu_diffuse.training.shards import index_shards
+from tu_diffuse.shards.filters import make_filters
+from tu_diffuse.shards.index import index_shards
+from tu_diffuse.shards.specs import expand
 from web_server import serve
 
 COUNT, PER_SHARD, UNTITLED = 48, 15, 8

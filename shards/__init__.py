@@ -1,0 +1,1 @@
+"""LAION-style tar shards: found, checked, filtered, described, read by offset, written."""
