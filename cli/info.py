@@ -26,7 +26,7 @@ def info(
 
       tu-diffuse info models/my-sdxl --json
 
-    With --json one line: for a picture the settings it carries; for a model kind, name, hash, family, parts, experts, defaults and size_multiple.
+    With --json one line: for a picture the settings it carries, for a model what tu-diffuse models info prints.
     """
     del debug  # read in main.py
     if path is not None and not path.exists():

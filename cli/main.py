@@ -19,6 +19,7 @@ from .experts import app as experts
 from .finetune import finetune
 from .generate import generate
 from .info import info
+from .models import app as models
 from .options import EXIT_CODES
 from .replay import replay
 from .shards import app as shards
@@ -41,6 +42,7 @@ app.command(epilog=EXIT_CODES)(info)
 app.command(epilog=EXIT_CODES)(replay)
 app.command(epilog=EXIT_CODES)(doctor)
 app.add_typer(experts, name="experts")
+app.add_typer(models, name="models")
 app.add_typer(shards, name="shards")
 
 

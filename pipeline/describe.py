@@ -1,6 +1,7 @@
 """What a model folder holds, read from its JSON files and the headers of its safetensors files: no weights are loaded."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from math import prod
@@ -13,14 +14,16 @@ from ..unet.lora import read_lora
 from ..weights import read_header, weight_files
 from .folder import ModelFolder
 
+CARD_CHARACTERS = 65536  # of a model card's beginning, that are read
+
 
 def describe(folder: ModelFolder) -> dict[str, Any]:
     """Facts about a model folder, JSON-compatible.
 
     Returns:
-        kind ("model"), name, hash, family, prediction (what the U-Nets put out), size_multiple (of width and height, in pixels), parameters,
-        defaults, experts (name, folder, sigma interval, null for no end, guidance, parameters, dtype, megabytes of its own files) and parts (name,
-        class, parameters, dtype, megabytes).
+        kind ("model"), name, hash, licence, family, prediction (what the U-Nets put out), size_multiple (of width and height, in pixels), parameters,
+        megabytes (of all weight files, each once), defaults, experts (name, folder, sigma interval, null for no end, guidance, parameters, dtype,
+        megabytes of its own files) and parts (name, class, parameters, dtype, megabytes).
 
     Raises:
         ModelError: a weight file is missing or not valid.
@@ -41,10 +44,12 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
         "kind": "model",
         "name": folder.name,
         "hash": folder.fingerprint,
+        "licence": licence(folder.path),
         "family": folder.family,
         "prediction": folder.noise.prediction_type,
         "size_multiple": folder.factor,
         "parameters": sum(part["parameters"] for part in [*parts, *experts]),
+        "megabytes": round(sum(part["megabytes"] for part in parts) + _bytes(_expert_files(folder)) / 1e6, 1),
         "defaults": {name: getattr(defaults, name) for name in ("width", "height", "steps", "sampler", "schedule", "guidance")},
         "experts": experts,
         "parts": parts,
@@ -63,13 +68,27 @@ def describe_experts(folder: ModelFolder) -> dict[str, Any]:
     Raises:
         ModelError: a weight file is missing or not valid.
     """
-    files = {path for entry in folder.experts for base in chain(folder.path / entry.subfolder) for path in own_files(base)}
     return {
         "kind": "experts",
         "name": folder.name,
-        "bytes": _bytes(files),
+        "bytes": _bytes(_expert_files(folder)),
         "experts": [_expert(folder, entry) for entry in reversed(folder.experts)],
     }
+
+
+def licence(folder: Path) -> str | None:
+    """What a model card says of its licence in its front matter: `license_name` where there is one, else `license`; None where it says nothing."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    with card.open(encoding="utf-8", errors="replace") as file:
+        front = re.match(r"---\r?\n(.*?)\n---", file.read(CARD_CHARACTERS), re.DOTALL)
+    said = {} if front is None else dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([^\s\"'#]+)", front[1], re.MULTILINE))
+    return said.get("license_name", said.get("license"))
+
+
+def _expert_files(folder: ModelFolder) -> set[Path]:
+    return {path for entry in folder.experts for base in chain(folder.path / entry.subfolder) for path in own_files(base)}
 
 
 def _expert(folder: ModelFolder, entry: ExpertEntry) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def test_imports_run_one_way(folder: str):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["batch"], ["info"], ["replay"], ["doctor"], ["experts", "fork"]], ids=lambda c: " ".join(c) if c else "-"
+    "command",
+    [[], ["generate"], ["batch"], ["info"], ["models", "info"], ["replay"], ["doctor"], ["experts", "fork"]],
+    ids=lambda c: " ".join(c) if c else "-",
 )
 def test_help_imports_no_torch(command: list[str]):
     """What makes `--help` quick; its time is measured by scripts/bench_generate.py."""
