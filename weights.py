@@ -6,13 +6,12 @@ over the context. A tensor that is still without storage after loading is an err
 """
 
 import hashlib
-import json
 import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,10 +19,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import ModelError, UnsafeError
+from .strict_json import parse_json
 
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_JSON_BYTES = 4 * 2**20
 MAX_TENSORS = 20_000
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+_PICKLE_STARTS = (b"PK", *(bytes((0x80, protocol)) for protocol in range(2, 6)), b"\x93NUMPY")
+_SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64"}
+_BYTES = {dtype: size for size, dtypes in _SIZES.items() for dtype in dtypes.split()}
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -103,7 +107,7 @@ def placed(name: str, tensor: Tensor, folder: Path, dtype: torch.dtype | None, d
     """
     if not tensor.is_floating_point():
         return tensor.to(device=device)
-    _check_finite(name, tensor, folder)
+    check_finite(name, tensor, folder)
     return tensor.to(device=device, dtype=dtype)
 
 
@@ -139,7 +143,7 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model", variant: s
     wanted = variant if variant is not None or _names(folder, stem, None) is not None else _only_variant(folder, stem)
     found = _names(folder, stem, wanted)
     if found is None:
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLE_SUFFIXES)
+        pickles = sorted(p.name for p in folder.glob("*") if is_pickle_name(p.name))
         if pickles and not list(folder.glob("*.safetensors")):
             raise UnsafeError(f"{folder / pickles[0]} is a pickle file, which can run code when loaded; convert the model to safetensors first.")
         name = stem if variant is None else f"{stem}.{variant}"
@@ -164,18 +168,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_header(path: Path) -> dict[str, Any]:
     """Read what a safetensors file says of its tensors, without the tensors: name -> {dtype, shape, data_offsets}.
 
+    Everything that is returned was checked: the tensors are of known dtypes, fit their shapes, and fill the rest of the file without gap or overlap.
+
     Raises:
+        UnsafeError: it is a pickle under another name.
         ModelError: as `read_safetensors`.
     """
+    if not path.is_file():
+        raise ModelError(f"{path} is not a file; a safetensors file was wanted.")
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-                raise ModelError(
-                    f"{path} is not a safetensors file: its header claims {length} bytes, more than {MAX_HEADER_BYTES} or the file's own length."
-                )
-            header = json.loads(file.read(length))
+            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                _not_safetensors(path, prefix, f"its header claims {length} bytes, more than {MAX_HEADER_BYTES} or the file's own length")
+            header = parse_json(file.read(length))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} has no readable safetensors header ({error}); fetch or save it again.") from error
     if not isinstance(header, dict):
@@ -183,7 +191,27 @@ def read_header(path: Path) -> dict[str, Any]:
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise ModelError(f"{path} claims {len(header)} tensors, more than the {MAX_TENSORS} that are allowed.")
+    spans = sorted(_span(path, name, tensor) for name, tensor in header.items())
+    if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), size - 8 - length]:
+        raise ModelError(f"{path} is not a whole safetensors file: its tensors do not fill it without gap or overlap; fetch or save it again.")
     return header
+
+
+def _not_safetensors(path: Path, prefix: bytes, why: str) -> NoReturn:
+    if prefix.startswith(_PICKLE_STARTS):
+        raise UnsafeError(f"{path} looks like a pickle, which can run code when loaded; convert it to safetensors first.")
+    raise ModelError(f"{path} is not a safetensors file: {why}.")
+
+
+def _span(path: Path, name: str, tensor: object) -> tuple[int, int]:
+    """Where a tensor lies among the file's tensors: (begin, end)."""
+    match tensor:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if dtype in _BYTES and len(shape) <= 16:
+            if all(type(side) is int and side >= 0 for side in shape) and begin >= 0 and end - begin == math.prod(shape) * _BYTES[dtype]:
+                return begin, end
+        case _:
+            pass
+    raise ModelError(f"{path} describes its tensor {name!r:.100} as {tensor!r:.200}, which cannot be; fetch or save it again.")
 
 
 def weights_sha256(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> str:
@@ -206,20 +234,28 @@ def files_sha256(paths: Iterable[Path]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file of at most 16 MiB.
+    """Read a JSON object from a file of at most 4 MiB; see `parse_json`.
 
     Raises:
         ModelError: there is no such file, or it holds something else.
     """
+    if not path.is_file():
+        raise ModelError(f"{path} is not there, or no file; fetch the model again.")
     try:
-        if path.stat().st_size > MAX_HEADER_BYTES:
-            raise ModelError(f"{path} is {path.stat().st_size} bytes long, more than the {MAX_HEADER_BYTES} that a JSON file of a model may have.")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ModelError(f"{path} is {size} bytes long, more than the {MAX_JSON_BYTES} that a JSON file of a model may have.")
+        value = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} could not be read as JSON ({error}); check the model folder.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}, a JSON object was wanted; check the model folder.")
     return value
+
+
+def is_pickle_name(name: str) -> bool:
+    """Whether a file's name says that it is a pickle."""
+    return name.lower().endswith(PICKLE_SUFFIXES)
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -233,7 +269,7 @@ def inside(folder: Path, name: object) -> Path:
         windows = PureWindowsPath(name)
         if "\\" not in name and not windows.drive and not PurePosixPath(name).is_absolute() and ".." not in parts and parts:
             return folder / name
-    raise ModelError(f"{folder} names a file {name!r}, which may not leave the model folder; write a plain relative name.")
+    raise ModelError(f"{folder} names a file {name!r:.100}, which may not leave the model folder; write a plain relative name.")
 
 
 def _names(folder: Path, stem: str, variant: str | None) -> Path | None:
@@ -255,16 +291,20 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > MAX_TENSORS:
         raise ModelError(f"{index} has no usable weight_map (tensor name -> file name, at most {MAX_TENSORS}); save the model again.")
-    names = {str(name): inside(index.parent, name) for name in weight_map.values()}
-    for name, path in sorted(names.items()):
-        if path.suffix in PICKLE_SUFFIXES:
-            raise UnsafeError(f"{index} names the pickle file {name}, which can run code when loaded; convert the model to safetensors first.")
+    placed_there: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        inside(index.parent, file)
+        placed_there.setdefault(file, set()).add(tensor)
+    for name, tensors in sorted(placed_there.items()):
+        path = index.parent / name
+        if is_pickle_name(name):
+            raise UnsafeError(f"{index} names the pickle file {name!r:.100}, which can run code when loaded; convert the model to safetensors first.")
         if not path.is_file():
-            raise ModelError(f"{index} names {name}, which is not there; fetch the model again.")
-        absent = {tensor for tensor, file in weight_map.items() if file == name} - set(read_header(path))
+            raise ModelError(f"{index} names {name!r:.100}, which is not there; fetch the model again.")
+        absent = tensors - set(read_header(path))
         if absent:
             raise ModelError(f"{path} lacks {_first(sorted(absent))}, which {index.name} places there; fetch the model again.")
-    return [path for _, path in sorted(names.items())]
+    return [index.parent / name for name in sorted(placed_there)]
 
 
 def _check_match(wanted: Mapping[str, Tensor], came: Mapping[str, Tensor], folder: Path) -> None:
@@ -285,13 +325,18 @@ def _check_match(wanted: Mapping[str, Tensor], came: Mapping[str, Tensor], folde
         raise ModelError(f"The weights in {folder} do not fit the config ({said}); the folder mixes two models, or its config.json is wrong.")
 
 
-def _check_finite(name: str, tensor: Tensor, folder: Path) -> None:
+def check_finite(name: str, tensor: Tensor, folder: Path) -> None:
+    """Check that a tensor holds no NaN and no infinity: one pass over its memory.
+
+    Raises:
+        ModelError: it does; names it and `folder`.
+    """
     # Extremes carry NaN and infinity along without a second copy of the tensor; float8 has no such kernel.
-    values = tensor.to(torch.float32) if tensor.element_size() == 1 else tensor
+    values = tensor.detach().to(torch.float32) if tensor.element_size() == 1 else tensor.detach()
     if tensor.numel() > 0 and not all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values)):
         raise ModelError(f"{name} in {folder} holds NaN or infinity; what wrote it went wrong, take another checkpoint.")
 
 
 def _first(names: Iterable[str]) -> str:
-    listed = list(names)
+    listed = [f"{name:.100}" for name in names]
     return ", ".join(listed[:5]) + (", …" if len(listed) > 5 else "")

@@ -60,7 +60,7 @@ def read_journal(folder: Path) -> dict[str, Entry]:
         raise OutputError(f"{JOURNAL_FILE} cannot be read ({error.strerror}); see to the folder's disk and permissions, then run again.") from None
     entries: dict[str, Entry] = {}
     for line in lines:
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             values: dict[str, Any] = json.loads(line)
             values["fallbacks"] = tuple(values.get("fallbacks", ()))
             entry = Entry(**values)

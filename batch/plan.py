@@ -134,7 +134,7 @@ def load_plan(folder: Path, model: str) -> Plan:
         return Plan(model)
     except OSError as error:
         raise OutputError(f"{PLAN_FILE} cannot be read ({error.strerror}); see to the folder's disk and permissions, then run again.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{PLAN_FILE} cannot be read ({error}); remove it to plan anew, which keeps the pictures.") from None
 
 

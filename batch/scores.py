@@ -4,6 +4,7 @@ The score of a picture is 100·cos(picture, prompt) in a CLIP pair's space (CLIP
 and its clamp at 0). Scores of different pairs cannot be compared.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..errors import ModelError, UsageError
 from ..pipeline.folder import fingerprint
 from ..pipeline.previews import to_image
-from ..weights import read_json
+from ..weights import check_finite, read_header, read_json
 from .drafts import Drawn, Lost
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -49,7 +50,7 @@ def open_score_model(folder: Path) -> ScoreModel:
 
     Raises:
         UsageError: the folder has no `open_clip_config.json` or no `open_clip_model.safetensors`.
-        ModelError: its text tower or tokenizer would have to be downloaded.
+        ModelError: a tower or tokenizer would have to be downloaded, or its weights are no safetensors file.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -62,6 +63,10 @@ def open_score_model(folder: Path) -> ScoreModel:
     for name in ("hf_model_name", "hf_tokenizer_name"):
         if text.get(name):
             raise ModelError(f"{CONFIG} of the score model has {name}, which open_clip downloads; use a pair with open_clip's own text tower.")
+    vision = shape.get("vision_cfg")
+    if isinstance(vision, dict) and not re.fullmatch(r"[\w.]{1,100}", str(vision.get("timm_model_name") or "none")):
+        raise ModelError(f"{CONFIG} of the score model has a timm_model_name that leads elsewhere; use one of timm's own.")
+    read_header(folder / WEIGHTS)
     return ScoreModel(folder, fingerprint(folder, []))
 
 
@@ -78,9 +83,11 @@ def load_scorer(model: ScoreModel, device: torch.device) -> Scorer:
         pair: Any = open_clip.create_model_from_pretrained(name, device=device)  # its annotations are not those of what it returns
         tokenize = open_clip.get_tokenizer(name)
     except Exception as error:  # whatever open_clip says of a wrong config or wrong weights
-        raise ModelError(f"open_clip cannot load the score model {model.folder.name!r} ({error}); give another --score-model.") from None
+        raise ModelError(f"open_clip cannot load the score model {model.folder.name!r} ({error!s:.300}); give another --score-model.") from None
     clip, transform = pair
     clip.eval()
+    for part, tensor in clip.named_parameters():
+        check_finite(part, tensor, model.folder)
 
     @torch.no_grad()
     def score(pictures: Sequence[Tensor], prompt: str) -> list[float]:

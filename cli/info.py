@@ -53,13 +53,13 @@ def lines_of(facts: Mapping[str, Any], indent: str = "") -> list[str]:
     for key, value in facts.items():
         match value:
             case dict():
-                lines += [f"{indent}{key}:", *lines_of(value, indent + "  ")]
-            case [dict(), *_]:
-                lines.append(f"{indent}{key}:")
+                lines += [f"{indent}{_text(key)}:", *lines_of(value, indent + "  ")]
+            case [dict(), *_] if all(isinstance(entry, dict) for entry in value):
+                lines.append(f"{indent}{_text(key)}:")
                 for entry in value:
-                    lines.append(f"{indent}  - " + ", ".join(f"{k} {_text(v)}" for k, v in entry.items()))
+                    lines.append(f"{indent}  - " + ", ".join(f"{_text(k)} {_text(v)}" for k, v in entry.items()))
             case _:
-                lines.append(f"{indent}{key}: {_text(value)}")
+                lines.append(f"{indent}{_text(key)}: {_text(value)}")
     return lines
 
 

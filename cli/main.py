@@ -24,6 +24,8 @@ from .options import EXIT_CODES
 from .replay import replay
 from .shards import app as shards
 
+LONGEST_MESSAGE = 4000  # names and values that came with a file may be of any length
+
 app = typer.Typer(
     name="tu-diffuse",
     help="Text to pictures, offline, on any machine.",
@@ -122,7 +124,8 @@ def _interrupted(arguments: Sequence[str]) -> int:
 def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
-    print(f"tu-diffuse: {_printable(message)}", file=sys.stderr)
+    shown = message if len(message) <= LONGEST_MESSAGE else message[:LONGEST_MESSAGE] + " …"
+    print(f"tu-diffuse: {_printable(shown)}", file=sys.stderr)
     return code
 
 

@@ -5,7 +5,8 @@ ensemble adds `experts.json` and, when CLIP and T5 are joined, `conditioner/`; `
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from ..schedulers.noise import NoiseSchedule
 from ..schedulers.registry import SAMPLERS
 from ..unet.deltas import chain
 from ..unet.experts import ExpertEntry, read_experts
-from ..weights import PICKLE_SUFFIXES, read_json
+from ..weights import is_pickle_name, read_json
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
 
@@ -77,7 +78,16 @@ _PIPELINES = (
     "StableDiffusionXLImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
 )
-_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+_CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
+_CODE_FILE = re.compile(r".*\.(py[a-z]?|so(\.\d+)*|dll|dylib)", re.IGNORECASE)
+# What the configs of parts may name; the classes themselves are ours or diffusers', chosen by model_index.json.
+_TOKENIZERS = {name for _, name in _NETWORKS if "Tokenizer" in name} | {"PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"}
+_CLASS_KEYS = {
+    "_class_name": {name for _, name in _NETWORKS} | _SAMPLERS.keys(),
+    "architectures": {"CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "T5Model", "T5ForConditionalGeneration"},
+    "tokenizer_class": _TOKENIZERS,
+}
+_PART_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _SAMPLED_BLOCKS, _BLOCK = 16, 65536
 
 
@@ -144,6 +154,7 @@ def open_folder(path: Path | None) -> ModelFolder:
     if not (folder / "model_index.json").is_file():
         _refuse_pickles(folder)
         raise ModelError(f"{folder.name!r} holds no model_index.json; a folder that diffusers' save_pretrained or tu-diffuse wrote was wanted.")
+    _refuse_files(folder)
     index = read_json(folder / "model_index.json")
     parts = _checked_parts(folder, index)
     experts = read_experts(folder)
@@ -181,7 +192,7 @@ def fingerprint(folder: Path, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     roots = [folder, *sorted(folder / name for name in names)]
     for path in (p for root in roots for p in sorted(root.iterdir())):
-        if path.suffix not in (".json", ".txt", ".model", ".safetensors") or path.name == "defaults.json":
+        if path.suffix not in (".json", ".txt", ".model", ".safetensors") or path.name == "defaults.json" or not path.is_file():
             continue
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
@@ -197,14 +208,16 @@ def fingerprint(folder: Path, names: Sequence[str]) -> str:
 
 def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     if index.get("_class_name") not in _PIPELINES:
-        raise UnsafeError(f"{folder.name!r} asks for the pipeline {index.get('_class_name')!r}; only {', '.join(_PIPELINES)} are run here.")
+        raise UnsafeError(f"{folder.name!r} asks for the pipeline {index.get('_class_name')!r:.100}; only {', '.join(_PIPELINES)} are run here.")
     parts: dict[str, str] = {}
     for part, value in index.items():
         if not isinstance(value, list) or part.startswith("_") or value == [None, None]:
             continue
+        if not _PART_NAME.fullmatch(part):
+            raise UnsafeError(f"{folder.name!r} names a part {part!r:.100}, which may not leave the model folder; take another model.")
         if len(value) != 2 or not all(isinstance(v, str) for v in value) or tuple(value) not in _ALLOWED:
             raise UnsafeError(
-                f"{folder.name!r} asks for {part} = {value!r}, which is not on the list of classes that are run here; nothing was loaded."
+                f"{folder.name!r} asks for {part} = {value!r:.200}, which is not on the list of classes that are run here; nothing was loaded."
             )
         if tuple(value) not in _NOT_LOADED:
             if not (folder / part).is_dir():
@@ -216,21 +229,46 @@ def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return parts
 
 
-def _refuse_code(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -> None:
+def _refuse_files(folder: Path) -> None:
+    """Refuse code, and links that lead out of the folder; those of a hub cache lead to its own `blobs`."""
+    root = folder.resolve()
+    places = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".py", ".pyc", ".pyd", ".so", ".dll"):
-            raise UnsafeError(f"{folder.name!r} brings code along ({path.relative_to(folder).as_posix()}); remove that file or take another model.")
-    documents = {"model_index.json": index} | {
-        f"{name}/{p.name}": read_json(p) for name in names for p in sorted((folder / name).glob("*config.json"))
-    }
-    for name, document in documents.items():
-        for key in _CODE_KEYS:
-            if key in document:
+        name = path.relative_to(folder).as_posix()
+        if _CODE_FILE.fullmatch(path.name):
+            raise UnsafeError(f"{folder.name!r} brings code along ({name}); remove that file or take another model.")
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
+            raise UnsafeError(f"{folder.name!r} holds a link that leads out of the folder ({name}); put the file itself there.")
+
+
+def _refuse_code(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse configs that ask for code of their own, or for classes that are not on our lists, at any depth."""
+    parts = {folder / name for name in names}
+    documents = {folder / "model_index.json": index}
+    documents |= {path: read_json(path) for place in (folder, *folder.glob("*/"), *parts) for path in place.glob("*config.json")}
+    for path, document in documents.items():
+        name = path.relative_to(folder).as_posix()
+        for key, value in _entries(document):
+            if key in _CODE_KEYS:
                 raise UnsafeError(f"{name} of {folder.name!r} asks for custom code ({key}); remove the entry or take another model.")
+            allowed = _CLASS_KEYS.get(key) if path.parent in parts else None
+            classes = value if isinstance(value, list) else [value]
+            if allowed is not None and value is not None and not all(isinstance(one, str) and one in allowed for one in classes):
+                raise UnsafeError(
+                    f"{name} of {folder.name!r} asks for {key} = {value!r:.200}, which is not on the list of classes that are run here."
+                )
+
+
+def _entries(value: object) -> Iterator[tuple[str, Any]]:
+    """Names and values of an object and of all objects in it."""
+    if isinstance(value, dict):
+        yield from value.items()
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _entries(inner)
 
 
 def _refuse_pickles(folder: Path) -> None:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    pickles = sorted(p.name for p in folder.iterdir() if is_pickle_name(p.name))
     if pickles:
         raise UnsafeError(
             f"{folder.name!r} holds {pickles[0]}, a pickle file, which can run code when loaded; convert the model to safetensors first."
@@ -273,7 +311,10 @@ def _check_texts(folder: Path, parts: Mapping[str, str], experts: Sequence[Exper
 
 def _factor(vae: Mapping[str, Any]) -> int:
     if "downsample_factor" in vae:
-        return int(vae["downsample_factor"])
+        value = vae["downsample_factor"]
+        if value not in (1, 2, 4, 8, 16, 32, 64, 128):
+            raise ModelError(f"the VAE's config.json has downsample_factor = {value!r:.100}; a power of two up to 128 was wanted.")
+        return int(value)
     for name in ("encoder_block_out_channels", "down_block_out_channels", "block_out_channels"):
         if name in vae:
             return 2 ** (_levels(vae, name) - 1)
@@ -283,7 +324,7 @@ def _factor(vae: Mapping[str, Any]) -> int:
 def _levels(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
     if not isinstance(value, list) or not 1 <= len(value) <= 8:
-        raise ModelError(f"a config.json has {name} = {value!r}; a list of 1 to 8 widths was wanted; fetch the model again.")
+        raise ModelError(f"a config.json has {name} = {value!r:.100}; a list of 1 to 8 widths was wanted; fetch the model again.")
     return len(value)
 
 
@@ -293,7 +334,7 @@ def _defaults(folder: Path, family: str, configs: Mapping[str, Mapping[str, Any]
     The scheduler's class gives the sampler and its config the spacing.
     """
     sample_size = configs["unet"].get("sample_size")
-    side = factor * (sample_size if isinstance(sample_size, int) else 64)
+    side = factor * (sample_size if isinstance(sample_size, int) and 1 <= sample_size <= 1024 else 64)
     sampler = _SAMPLERS[str(configs["scheduler"].get("_class_name"))]
     spacing = SAMPLERS[sampler].default_spacing if sampler == "lcm" or noise.spacing is None else noise.spacing
     steps, guidance = (8, 1.0) if sampler == "lcm" else (30, 5.0 if family.startswith("sdxl") else 7.5)
@@ -302,5 +343,5 @@ def _defaults(folder: Path, family: str, configs: Mapping[str, Mapping[str, Any]
     for key, value in given.items():
         wanted = type(known[key]) if key in known else None
         if wanted is None or not (type(value) is wanted or (wanted is float and type(value) is int)):
-            raise ModelError(f"defaults.json of {folder.name!r} says {key} = {value!r}; wanted {', '.join(known)} with usable values.")
+            raise ModelError(f"defaults.json of {folder.name!r} says {key!r:.100} = {value!r:.100}; wanted {', '.join(known)} with usable values.")
     return Defaults(**(known | given))

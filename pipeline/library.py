@@ -21,9 +21,10 @@ from ..errors import ModelError, UsageError
 from ..unet.deltas import chain, check_hashes, expert_sha256, read_expert
 from ..unet.experts import ExpertEntry
 from ..unet.layers import Recorder
-from ..weights import placed, weight_files
+from ..weights import check_finite, placed, read_json, weight_files
 from .folder import ModelFolder
 
+MAX_WIDTH, MAX_LAYERS = 2**17, 1024
 _VAES = {
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderDC": AutoencoderDC,
@@ -132,8 +133,28 @@ def library_vae(folder: ModelFolder, dtype: torch.dtype, device: torch.device, r
 
 def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> Any:
     weight_files(folder)  # refuses pickles and file names that lead outside, before the library looks
+    if not _is_modest(read_json(folder / "config.json")):
+        raise refusal
     try:
-        network = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        network, told = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except Exception as error:  # the library raises many kinds
-        raise ModelError(f"{refusal} diffusers cannot load {folder.name} either: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{refusal} diffusers cannot load {folder.name} either: {str(error).splitlines()[0]:.300}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):  # the library only warns of them
+        if told[what]:
+            raise ModelError(f"The weights in {folder} do not fit the config ({what}: {', '.join(str(key) for key in list(told[what])[:5])}).")
+    for name, parameter in network.named_parameters():
+        check_finite(name, parameter, folder)
     return network.requires_grad_(False).eval()
+
+
+def _is_modest(value: object, layers: bool = False) -> bool:
+    """Whether a config asks for no more than real networks have, so that the library does not build without end: its sizes, lists and layers."""
+    match value:
+        case dict():
+            return all(_is_modest(inner, "layers" in str(name) or "num_" in str(name)) for name, inner in value.items())
+        case list():
+            return len(value) <= 4096 and all(_is_modest(inner, layers) for inner in value)
+        case int() | float():
+            return abs(value) <= (MAX_LAYERS if layers else MAX_WIDTH)
+        case _:
+            return True

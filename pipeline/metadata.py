@@ -26,9 +26,11 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import DataError, UsageError
-from .limits import FORMATS
+from ..strict_json import parse_json
+from .limits import FORMATS, RANGES
 
 KEY = "tu-diffuse"
+MAX_PIXELS = int(RANGES["width"][1] * RANGES["height"][1])
 
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 _XMP = (
@@ -75,14 +77,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
         if image.format == "PNG":
             data = image.info.get(KEY)
         else:
-            xmp = image.info.get("xmp", b"").decode("utf-8", "replace")
-            found = re.search(r"<tu:settings>(.*?)</tu:settings>", xmp, re.DOTALL)
+            xmp = image.info.get("xmp")
+            found = re.search(r"<tu:settings>(.*?)</tu:settings>", xmp.decode("utf-8", "replace"), re.DOTALL) if isinstance(xmp, bytes) else None
             data = None if found is None else unescape(found[1])
-    if data is None:
+    if not isinstance(data, str):
         raise DataError(f"{path.name} carries no tu-diffuse settings; it was made by another program, or they were stripped.")
     try:
-        settings = json.loads(data)
-    except ValueError as error:
+        settings = parse_json(data.encode())
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the tu-diffuse settings in {path.name} are not valid JSON ({error}); the file was changed after it was made.") from None
     if not isinstance(settings, dict):
         raise DataError(f"the tu-diffuse settings in {path.name} are not a JSON object; the file was changed after it was made.")
@@ -90,17 +92,23 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a PNG, JPEG or WebP file, and no other kind.
+    """Open a PNG, JPEG or WebP file, and no other kind; its pixels are not decoded yet.
 
     Raises:
-        DataError: missing, unreadable, another format, or so large that decoding it could exhaust memory.
+        DataError: missing, unreadable, another format, or of more pixels than we draw, which could exhaust memory.
     """
     try:
-        return Image.open(path, formats=tuple(FORMATS.values()))
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+        image = Image.open(path, formats=tuple(FORMATS.values()))
+    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(f"{path.name} is not a PNG, JPEG or WebP picture of sensible size; name a picture that tu-diffuse made.") from None
     except OSError as error:
         raise DataError(f"{path.name} cannot be read ({error.strerror}); name a picture that exists.") from None
+    except Exception as error:  # the decoders raise many kinds for damaged chunks
+        raise DataError(f"{path.name} is damaged ({error!s:.200}); fetch it again.") from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise DataError(f"{path.name} has {image.width}×{image.height} pixels, more than tu-diffuse draws; name a picture that it made.")
+    return image
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from .folder import ModelFolder
 from .loading import Model
 from .metadata import encode_picture, open_picture
 from .previews import to_image
-from .request import Request, resolve
+from .request import Request, batches, resolve
 from .text_to_image import Picture, text_to_image
 
 _COPIED = ("negative", "width", "height", "steps", "sampler", "schedule", "sigmas", "eta", "guidance_rescale", "apg", "dynamic_threshold")
@@ -53,8 +53,15 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
             guidance_interval=None if interval is None else (interval[0], interval[1]),
             **copied,
         )
-        return request, request.seeds.index(settings["seed"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        index = request.seeds.index(settings["seed"])
+        texts = [settings["model"]["name"], settings["model"]["hash"], *(settings[name] for name in ("dtype", "device", "attention"))]
+        wholes = [request.width, request.height, request.steps, *request.seeds]
+        if not all(isinstance(text, str) for text in texts) or not all(type(whole) is int for whole in wholes):
+            raise TypeError("text where a number should be, or a number where a text should be")
+        if len(batches(request)) > 1:
+            raise ValueError(f"a batch of {len(request.seeds)} pictures is more than are drawn at once")
+        return request, index
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
         raise DataError(f"the picture's settings lack or garble an entry ({error}); they were changed after it was made.") from None
 
 
@@ -86,15 +93,16 @@ def compare(path: Path, pixels: Tensor, settings: Mapping[str, Any]) -> Differen
     """
     try:
         with open_picture(path) as old:
-            picture_format = str(old.format).lower()
-            before = np.asarray(old.convert("RGB"), dtype=np.int16)
-    except OSError as error:
-        raise DataError(f"{path.name} is damaged ({error}); fetch it again.") from None
+            picture_format, (width, height) = str(old.format).lower(), old.size
+            same_size = (height, width) == tuple(pixels.shape[:2])
+            before = np.asarray(old.convert("RGB"), dtype=np.int16) if same_size else None
+    except DataError:
+        raise
+    except Exception as error:  # the decoders raise many kinds for damaged chunks
+        raise DataError(f"{path.name} is damaged ({error!s:.200}); fetch it again.") from None
+    if before is None:
+        raise DataError(f"{path.name} is {width}×{height} pixels but its settings say {pixels.shape[1]}×{pixels.shape[0]}; it was resized.")
     with Image.open(BytesIO(encode_picture(to_image(pixels), settings, picture_format))) as encoded:
         after = np.asarray(encoded.convert("RGB"), dtype=np.int16)
-    if before.shape != after.shape:
-        raise DataError(
-            f"{path.name} is {before.shape[1]}×{before.shape[0]} pixels but its settings say {after.shape[1]}×{after.shape[0]}; it was resized."
-        )
     difference = np.abs(before - after)
     return Difference(int(difference.max()), int((difference.max(axis=2) > 0).sum()))

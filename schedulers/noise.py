@@ -8,7 +8,7 @@ sqrt(ābar_t) this is x0 + sigma_t·n with sigma_t = sqrt((1 − ābar_t)/ābar_
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from ..errors import ModelError
 from .names import TIMESTEP_SPACINGS
 
+N = TypeVar("N", int, float)
+
+MAX_STEPS = 10_000  # of training; every known model has 1000
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 # The smallest ābar after the zero-terminal-SNR rescale: fp16's smallest subnormal, so that the last sigma is 4096 instead of infinite.
@@ -44,8 +47,13 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ModelError(f"prediction_type {self.prediction_type!r} is not known; wanted one of {', '.join(PREDICTION_TYPES)}")
-        if self.sigmas.ndim != 1 or len(self.sigmas) < 2 or not bool((self.sigmas.diff() > 0).all()) or not float(self.sigmas[0]) > 0:
+            raise ModelError(f"prediction_type {self.prediction_type!r:.100} is not known; wanted one of {', '.join(PREDICTION_TYPES)}")
+        if (
+            self.sigmas.ndim != 1
+            or len(self.sigmas) < 2
+            or not bool((self.sigmas.diff() > 0).all())
+            or not 0 < float(self.sigmas[0]) < float(self.sigmas[-1]) < math.inf
+        ):
             raise ModelError(
                 "the noise schedule does not rise: its sigmas have to be at least two positive, strictly increasing numbers; check its betas"
             )
@@ -99,11 +107,11 @@ class NoiseSchedule:
             ModelError: a class, value or combination that is not supported.
         """
         name = config.get("_class_name", "DDPMScheduler")
-        if name not in _CLASS_DEFAULTS:
-            raise ModelError(f"scheduler class {name!r} is not supported; wanted one with a beta schedule: {', '.join(sorted(_CLASS_DEFAULTS))}")
+        if not isinstance(name, str) or name not in _CLASS_DEFAULTS:
+            raise ModelError(f"scheduler class {name!r:.100} is not supported; wanted one with a beta schedule: {', '.join(sorted(_CLASS_DEFAULTS))}")
         for field, plain in _UNSUPPORTED.items():
             if config.get(field) not in (None, plain):
-                raise ModelError(f"scheduler setting {field} = {config[field]!r} is not supported; set it to {plain!r} in scheduler_config.json")
+                raise ModelError(f"scheduler setting {field} = {config[field]!r:.100} is not supported; set it to {plain!r} in scheduler_config.json")
         if name in _CLIPPING and config.get("clip_sample"):
             raise ModelError("scheduler setting clip_sample = True is for pixels and would clip latents; set it to False in scheduler_config.json")
         default = _CLASS_DEFAULTS[name]
@@ -112,8 +120,8 @@ class NoiseSchedule:
             zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
             prediction_type=config.get("prediction_type", "epsilon"),
             spacing=_spacing_of(config, default.spacing),
-            steps_offset=int(config.get("steps_offset", 0)),
-            ends_at_sigma_min=_ends(config, str(name)),
+            steps_offset=_within(config, "steps_offset", 0, 0, MAX_STEPS),
+            ends_at_sigma_min=_ends(config, name),
         )
 
     @property
@@ -234,18 +242,33 @@ _SIGMA_SPACINGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exp
 def _betas_of(config: Mapping[str, Any], default: _ClassDefault) -> Tensor:
     trained = config.get("trained_betas")
     if trained is not None:
+        if not isinstance(trained, list) or not 2 <= len(trained) <= MAX_STEPS or not all(isinstance(beta, int | float) for beta in trained):
+            raise ModelError(f"trained_betas is {trained!r:.100}; a list of 2 to {MAX_STEPS} numbers was wanted")
         return torch.tensor(trained, dtype=torch.float32)
     kind = config.get("beta_schedule", default.beta_schedule)
-    if kind not in _BETA_SCHEDULES:
-        raise ModelError(f"beta_schedule {kind!r} is not known; wanted one of {', '.join(_BETA_SCHEDULES)}, or trained_betas")
-    steps = config.get("num_train_timesteps", 1000)
-    return _BETA_SCHEDULES[kind](config.get("beta_start", default.beta_start), config.get("beta_end", default.beta_end), steps)
+    if not isinstance(kind, str) or kind not in _BETA_SCHEDULES:
+        raise ModelError(f"beta_schedule {kind!r:.100} is not known; wanted one of {', '.join(_BETA_SCHEDULES)}, or trained_betas")
+    steps = _within(config, "num_train_timesteps", 1000, 2, MAX_STEPS)
+    start, end = (_within(config, name, getattr(default, name), 0.0, 1.0) for name in ("beta_start", "beta_end"))
+    return _BETA_SCHEDULES[kind](start, end, steps)
+
+
+def _within(config: Mapping[str, Any], field: str, default: N, low: N, high: N) -> N:
+    """A number of a config, a whole one where the default is.
+
+    Raises:
+        ModelError: something else, or outside low..high.
+    """
+    value = config.get(field, default)
+    if isinstance(value, int if isinstance(default, int) else int | float) and not isinstance(value, bool) and low <= value <= high:
+        return type(default)(value)
+    raise ModelError(f"scheduler setting {field} = {value!r:.100} cannot be; a number from {low} to {high} was wanted; repair scheduler_config.json")
 
 
 def _ends(config: Mapping[str, Any], name: str) -> frozenset[str]:
     final = config.get("final_sigmas_type", "zero")
     if final not in ("zero", "sigma_min"):
-        raise ModelError(f"final_sigmas_type {final!r} is not known; wanted zero or sigma_min")
+        raise ModelError(f"final_sigmas_type {final!r:.100} is not known; wanted zero or sigma_min")
     to_one = config.get("set_alpha_to_one", name != "PNDMScheduler")
     return frozenset(({"sigma"} if final == "sigma_min" else set[str]()) | (set[str]() if to_one else {"alpha"}))
 
@@ -256,5 +279,5 @@ def _spacing_of(config: Mapping[str, Any], default: str | None) -> str | None:
         raise ModelError(f"the scheduler config asks for {' and '.join(chosen)} sigmas at once; keep one of them")
     spacing = config.get("timestep_spacing", default)
     if spacing is not None and spacing not in TIMESTEP_SPACINGS:
-        raise ModelError(f"timestep_spacing {spacing!r} is not known; wanted one of {', '.join(TIMESTEP_SPACINGS)}")
+        raise ModelError(f"timestep_spacing {spacing!r:.100} is not known; wanted one of {', '.join(TIMESTEP_SPACINGS)}")
     return chosen[0] if chosen else spacing

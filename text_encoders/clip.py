@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionBackend, attention, join_heads, split_heads
 from ..errors import ModelError
-from .config import config_values, require_heads, require_positive
+from .config import config_values, require_epsilon, require_heads, require_layers, require_positive
 
 _LEGACY_EOS = 2
 _PREFIX = "text_model."
@@ -59,23 +59,24 @@ class CLIPTextConfig:
         """
         if data.get("model_type") != "clip_text_model":
             raise ModelError(
-                f"the text encoder is of type {data.get('model_type')!r}; clip_text_model was wanted; use the library's own loader for it"
+                f"the text encoder is of type {data.get('model_type')!r:.100}; clip_text_model was wanted; use the library's own loader for it"
             )
         config = cls(**config_values(cls, data, "CLIP"))
         if config.hidden_act not in _ACTIVATIONS:
             raise ModelError(
-                f"the CLIP config has hidden_act = {config.hidden_act!r}; one of {', '.join(_ACTIVATIONS)} was wanted; repair its config.json"
+                f"the CLIP config has hidden_act = {config.hidden_act!r:.100}; one of {', '.join(_ACTIVATIONS)} was wanted; repair its config.json"
             )
         require_positive(
             "CLIP",
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
             max_position_embeddings=config.max_position_embeddings,
             projection_dim=config.projection_dim,
         )
+        require_layers("CLIP", "num_hidden_layers", config.num_hidden_layers)
+        require_epsilon("CLIP", config.layer_norm_eps)
         require_heads("CLIP", config.hidden_size, config.num_attention_heads)
         return config
 

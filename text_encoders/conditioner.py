@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..attention import AttentionBackend, attention, join_heads, key_mask, split_heads
 from ..contracts import Conditioning
 from ..errors import ModelError
-from .config import config_values, require_heads, require_positive
+from .config import config_values, require_heads, require_layers, require_positive
 
 _POOLED = ("clip", "clip+t5")
 
@@ -52,10 +52,12 @@ class ConditionerConfig:
             ModelError: another class, a value of `pooled` that is not known, or a size that cannot be.
         """
         if data.get("_class_name") != "Conditioner":
-            raise ModelError(f"the conditioner is of class {data.get('_class_name')!r}; Conditioner was wanted; repair its config.json")
+            raise ModelError(f"the conditioner is of class {data.get('_class_name')!r:.100}; Conditioner was wanted; repair its config.json")
         config = cls(**config_values(cls, data, "conditioner"))
         if config.pooled not in _POOLED:
-            raise ModelError(f"the conditioner config has pooled = {config.pooled!r}; one of {', '.join(_POOLED)} was wanted; repair its config.json")
+            raise ModelError(
+                f"the conditioner config has pooled = {config.pooled!r:.100}; one of {', '.join(_POOLED)} was wanted; repair its config.json"
+            )
         require_positive(
             "conditioner",
             clip_width=config.clip_width,
@@ -65,8 +67,7 @@ class ConditionerConfig:
             pooled_width=config.pooled_width,
             refiner_heads=config.refiner_heads,
         )
-        if config.refiner_layers < 0:
-            raise ModelError(f"the conditioner config has refiner_layers = {config.refiner_layers}; 0 or more was wanted; repair its config.json")
+        require_layers("conditioner", "refiner_layers", config.refiner_layers, 0)
         require_heads("conditioner", config.width, config.refiner_heads)
         return config
 

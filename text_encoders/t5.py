@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionBackend, attention, join_heads, split_heads
 from ..errors import ModelError
-from .config import config_values, require_positive
+from .config import config_values, require_epsilon, require_layers, require_positive
 
 _FEED_FORWARDS = ("relu", "gated-gelu")
 
@@ -46,11 +46,11 @@ class T5Config:
         """
         kind = data.get("model_type")
         if kind != "t5":
-            raise ModelError(f"the text encoder is of type {kind!r}; t5 was wanted; use the library's own loader for it")
+            raise ModelError(f"the text encoder is of type {kind!r:.100}; t5 was wanted; use the library's own loader for it")
         config = cls(**config_values(cls, data, "T5"))
         if config.feed_forward_proj not in _FEED_FORWARDS:
             raise ModelError(
-                f"the T5 config has feed_forward_proj = {config.feed_forward_proj!r}; one of {', '.join(_FEED_FORWARDS)} was wanted; "
+                f"the T5 config has feed_forward_proj = {config.feed_forward_proj!r:.100}; one of {', '.join(_FEED_FORWARDS)} was wanted; "
                 "use the library's own loader for it"
             )
         require_positive(
@@ -59,9 +59,12 @@ class T5Config:
             d_model=config.d_model,
             d_kv=config.d_kv,
             d_ff=config.d_ff,
-            num_layers=config.num_layers,
             num_heads=config.num_heads,
+            relative_attention_num_buckets=config.relative_attention_num_buckets,
+            relative_attention_max_distance=config.relative_attention_max_distance,
         )
+        require_layers("T5", "num_layers", config.num_layers)
+        require_epsilon("T5", config.layer_norm_epsilon)
         buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
         if buckets < 4 or distance <= buckets // 4:
             raise ModelError(

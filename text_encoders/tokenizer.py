@@ -4,7 +4,6 @@ A tokenizer folder holds `tokenizer.json`, or `vocab.json` and `merges.txt` (CLI
 (T5: unigram, Kudo 2018); they become the same `tokenizers` pipeline, the one that transformers' CLIPTokenizer and T5Tokenizer build.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from ..errors import DataError, ModelError
+from ..weights import read_json
 from .sentencepiece_file import read_sentencepiece
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 _T5_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-_LONGEST = 1_000_000  # transformers writes 1e30 for "no limit known"
+_LONGEST = 4096  # transformers writes 1e30 for "no limit known"
+_MOST_EXTRA = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,48 +106,41 @@ def load_tokenizer(folder: Path, length: int | None = None) -> Tokenizer:
     """
     settings = _settings(folder)
     try:
-        if (folder / "tokenizer.json").is_file():
-            backend = Backend.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            backend = _clip_backend(folder, settings)
-        elif (folder / "spiece.model").is_file():
-            backend = _t5_backend(folder / "spiece.model", settings)
-        else:
-            raise ModelError(f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or spiece.model; one of them was wanted")
-    except (ModelError, OSError):
+        backend = _backend(folder, settings)
+        backend.no_truncation()
+        backend.no_padding()
+        special = backend.encode("", add_special_tokens=True).ids
+        if len(special) not in (1, 2):
+            raise ModelError(f"the tokenizer in {folder} adds {len(special)} special tokens to a text; an end token, or begin and end, were wanted")
+        default_pad = (_CLIP_SPECIAL if isinstance(backend.model, models.BPE) else _T5_SPECIAL)["pad_token"]
+        _, pad_id = _known(backend, settings.get("pad_token", default_pad))
+    except ModelError:
         raise
-    except Exception as error:  # what `tokenizers` raises has no class of its own
-        raise ModelError(f"the tokenizer in {folder} cannot be read ({error}); valid tokenizer files were wanted; fetch them again") from error
-    backend.no_truncation()
-    backend.no_padding()
-    special = backend.encode("", add_special_tokens=True).ids
-    if len(special) not in (1, 2):
-        raise ModelError(f"the tokenizer in {folder} adds {len(special)} special tokens to a text; an end token, or begin and end, were wanted")
+    except Exception as error:  # what `tokenizers` raises has no class of its own, and settings may be of any shape
+        raise ModelError(f"the tokenizer in {folder} cannot be read ({error!s:.200}); valid tokenizer files were wanted; fetch them again") from error
     if length is None:
         length = settings.get("model_max_length")
     if not isinstance(length, int | float) or not len(special) < length <= _LONGEST:
-        raise ModelError(f"the tokenizer in {folder} has model_max_length = {length}; {len(special) + 1} or more was wanted; state the length")
-    default_pad = (_CLIP_SPECIAL if isinstance(backend.model, models.BPE) else _T5_SPECIAL)["pad_token"]
-    _, pad_id = _known(backend, settings.get("pad_token", default_pad))
+        raise ModelError(
+            f"the tokenizer in {folder} has model_max_length = {length!r:.100}; {len(special) + 1} to {_LONGEST} was wanted; state the length"
+        )
     return Tokenizer(backend, int(length), tuple(special[:-1]), (special[-1],), pad_id)
+
+
+def _backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
+    if (folder / "tokenizer.json").is_file():
+        return Backend.from_file(str(folder / "tokenizer.json"))
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _clip_backend(folder, settings)
+    if (folder / "spiece.model").is_file():
+        return _t5_backend(folder / "spiece.model", settings)
+    raise ModelError(f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or spiece.model; one of them was wanted")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     """`tokenizer_config.json`, with `special_tokens_map.json` over it where the former does not list its added tokens itself."""
-    settings = _read_json(folder / "tokenizer_config.json")
-    return settings if "added_tokens_decoder" in settings else settings | _read_json(folder / "special_tokens_map.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); a JSON object was wanted; fetch the file again") from error
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} holds a {type(data).__name__}; a JSON object was wanted; fetch the file again")
-    return data
+    config, special = (read_json(path) if path.is_file() else {} for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"))
+    return config if "added_tokens_decoder" in config else config | special
 
 
 def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
@@ -198,7 +192,7 @@ def _clip_backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
 
 def _t5_backend(path: Path, settings: Mapping[str, Any]) -> Backend:
     file = read_sentencepiece(path)
-    sentinels = [f"<extra_id_{i}>" for i in range(settings.get("extra_ids", 100))]
+    sentinels = [f"<extra_id_{i}>" for i in range(min(settings.get("extra_ids", 100), _MOST_EXTRA))]
     backend = Backend(models.Unigram(file.pieces + [(token, 0.0) for token in reversed(sentinels)], unk_id=file.unk_id, byte_fallback=False))
     if file.charsmap:
         backend.normalizer = normalizers.Precompiled(file.charsmap)

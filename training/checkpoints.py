@@ -8,10 +8,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -80,17 +82,22 @@ def load_newest(folder: Path, report: Callable[[str], None] | None = None) -> Ch
     candidates = sorted(folder.glob("checkpoint-*"), reverse=True)
     for candidate in candidates:
         if _is_whole(candidate):
-            state = json.loads((candidate / "state.json").read_text())
-            files = {part: candidate / f"{part}.safetensors" for part in _PARTS}
-            tensors = {part: load_file(file) if file.exists() else {} for part, file in files.items()}
-            tally = {name: (total, count) for name, (total, count) in state.get("tally", {}).items()}
-            told = {"step": state["step"], "numbers": state.get("numbers", {}), "scaler": state.get("scaler", {}), "config": state["config"]}
-            return Checkpoint(**tensors, **told, tally=tally)
+            with suppress(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                return _read(candidate)
         if report is not None:
             report(f"{candidate.name} is damaged and passed over for the one before it")
     if candidates:
         raise DataError(f"none of the {len(candidates)} checkpoints in {folder.name!r} is whole; give the run another folder to begin anew.")
     return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    state = json.loads((folder / "state.json").read_text())
+    files = {part: folder / f"{part}.safetensors" for part in _PARTS}
+    tensors = {part: load_file(file) if file.exists() else {} for part, file in files.items()}
+    tally = {name: (total, count) for name, (total, count) in state.get("tally", {}).items()}
+    told = {"step": state["step"], "numbers": state.get("numbers", {}), "scaler": state.get("scaler", {}), "config": state["config"]}
+    return Checkpoint(**tensors, **told, tally=tally)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,7 +114,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return all(_sha256(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TrainingError, UsageError
+from ..errors import DataError, TrainingError, UsageError
 from .checkpoints import Checkpoint, load_newest, save
 from .optimizers import make_optimizer, optimizer_state, restore_optimizer
 from .posthoc import drop_snapshots_after, power_averages, update_power_averages, write_snapshots
@@ -218,7 +218,10 @@ def update_average(average: dict[str, Tensor], current: Mapping[str, Tensor], de
 def keep_log_until(log: Path, step: int) -> None:
     """Drop the lines of `log` that a resumed run will write again, and a last one that was cut short."""
     if log.exists():
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(f"{log.name} is not a log of losses ({error!s:.200}); remove it, or give the run another folder.") from error
         write_file(log, lambda path: path.write_text("".join(lines)))
 
 

@@ -116,7 +116,7 @@ def _snapshot(path: Path) -> Snapshot:
         with safe_open(path, framework="pt") as file:
             told = json.loads(file.metadata()[_METADATA])
         return Snapshot(path, Profile(told["step"], told["width"]), told["run"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise DataError(f"the snapshot {path.name} is damaged ({error}); remove it, the others are enough if there are many.") from error
 
 

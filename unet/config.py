@@ -12,6 +12,7 @@ from ..errors import ModelError
 DOWN_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCKS = ("CrossAttnUpBlock2D", "UpBlock2D")
 MID_BLOCK = "UNetMidBlock2DCrossAttn"
+MAX_BLOCKS = 512  # layers of all levels times the deepest transformer; SDXL has 60
 
 # Fields of the format that we know and cover in one setting only.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -123,6 +124,8 @@ class UNetConfig:
             raise _refused(
                 "attention_head_dim", self.attention_head_dim, f"numbers of heads that divide block_out_channels {self.block_out_channels}"
             )
+        if sum(self.layers_per_block) * max(*self.transformer_layers_per_block, *self.up_transformer_layers) > MAX_BLOCKS:
+            raise _refused("transformer_layers_per_block", self.transformer_layers_per_block, f"times all layers_per_block at most {MAX_BLOCKS}")
         if self.block_out_channels[0] // 2 <= self.freq_shift:
             raise _refused("freq_shift", self.freq_shift, "less than half of the first width")
         if self.class_embed_type is not None and self.addition_embed_type is not None:

@@ -163,7 +163,7 @@ class AutoencoderDCConfig:
 
 def _refusal(field: str, value: object, wanted: str) -> ModelError:
     return ModelError(
-        f"The VAE config has {field} = {value!r}; wanted: {wanted}; check that config.json is of an AutoencoderDC with ResBlock levels."
+        f"The VAE config has {field} = {value!r:.100}; wanted: {wanted}; check that config.json is of an AutoencoderDC with ResBlock levels."
     )
 
 

@@ -122,4 +122,6 @@ def is_number(value: object) -> bool:
 
 def _require(holds: bool, field: str, value: object, wanted: str) -> None:
     if not holds:
-        raise ModelError(f"The VAE config has {field} = {value!r}; wanted: {wanted}; check that config.json belongs to a diffusers AutoencoderKL.")
+        raise ModelError(
+            f"The VAE config has {field} = {value!r:.100}; wanted: {wanted}; check that config.json belongs to a diffusers AutoencoderKL."
+        )

@@ -169,7 +169,7 @@ def test_config_round_trip_and_refusals() -> None:
         ({"pooled": "t5"}, r"clip, clip\+t5"),
         ({"width": None}, "no `width`"),
         ({"t5_width": -1}, "above 0"),
-        ({"refiner_layers": -1}, "0 or more"),
+        ({"refiner_layers": -1}, "0 to 256 layers"),
         ({"refiner_heads": 5}, "divisor"),
     ):
         with pytest.raises(ModelError, match=message):

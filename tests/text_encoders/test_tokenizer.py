@@ -184,7 +184,7 @@ def test_bad_folders(clip_folder: Callable[..., Path], t5_folders: dict[str, Pat
     with pytest.raises(ModelError, match="list"):
         load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ModelError, match="not valid JSON"):
+    with pytest.raises(ModelError, match="could not be read as JSON"):
         load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "vocab.json").write_text("nonsense")
