@@ -7,6 +7,7 @@
     ├── DataError          4   a picture, prompt file or shard that is not valid
     ├── RenderError        1   a picture that could not be made (NaN, out of memory)
     ├── TrainingError      1   a training run that could not go on (NaN)
+    ├── HubError           1   a hub that cannot be reached, or sends something else than it promised
     └── OutputError       74   a file that could not be written
 
 A message is one sentence: what came, what was wanted, what to do.
@@ -51,6 +52,12 @@ class RenderError(TuDiffuseError):
 
 class TrainingError(TuDiffuseError):
     """A training run that could not go on."""
+
+    exit_code = 1
+
+
+class HubError(TuDiffuseError):
+    """A hub that cannot be reached, or sends something else than it promised."""
 
     exit_code = 1
 

@@ -95,8 +95,9 @@ def head_line(folder: ModelFolder, usual: Mapping[str, Value]) -> list[tuple[str
 
 
 def shared_arguments(folder: ModelFolder, **circumstances: str) -> list[str]:
-    """The arguments of `generate` that all pictures of a run share: the model by its folder's name (paths stay private), and what is not "auto"."""
-    model = [] if folder.path == EMBEDDED else ["--model", folder.name]
+    """The arguments of `generate` that all pictures of a run share: the model by its name (paths stay private), and what is not "auto"."""
+    name = folder.name if folder.commit is None else f"{folder.name}@{folder.commit}"
+    model = [] if folder.path == EMBEDDED else ["--model", name]
     return model + [part for name, value in circumstances.items() if value != "auto" for part in (f"--{name}", value)]
 
 

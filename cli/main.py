@@ -57,9 +57,12 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Ask no network, as with HF_HUB_OFFLINE=1.")] = False,
 ) -> None:
     """Text to pictures, offline, on any machine."""
     del version  # its callback has printed it
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 class _Terminated(BaseException):

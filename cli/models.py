@@ -1,27 +1,120 @@
-"""`tu-diffuse models`: the models that are there, and what each of them is."""
+"""`tu-diffuse models`: models of the hub and on this machine."""
 
 import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import UsageError
 from .info import lines_of
 from .options import EXIT_CODES, Debug, Json
 
+if TYPE_CHECKING:
+    from ..pipeline.hub import HubName
+    from ..pipeline.hub_pull import HubFile, Pull
+
 app = typer.Typer(
-    help="Models: what each of them is. Models are never changed.",
+    help="Models of the Hugging Face hub and on this machine: fetch, list, describe, verify and remove them.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Name = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A model folder. [default: the embedded model]")]
+Name = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model of the hub; OWNER/NAME@REVISION is a branch, tag or commit of it.")]
+AnyModel = Annotated[
+    Path | None, typer.Argument(metavar="[MODEL]", help="A model folder, or OWNER/NAME in the hub's cache. [default: the embedded model]")
+]
 
 
 @app.command(epilog=EXIT_CODES)
-def info(model: Name = None, as_json: Json = False, debug: Debug = False) -> None:
+def pull(
+    name: Name,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. [default: main]")] = None,
+    variant: Annotated[str | None, typer.Option(help="Take these weights where a part has them, as in fp16. [default: the plain ones]")] = None,
+    file: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Fetch this file alone; may be repeated.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Ask no network: only say where the model is in the cache.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fetch a model from the Hugging Face hub into its cache, which other programs share, and print where it is.
+
+    The revision is resolved once to a commit, and every file is of that commit. Fetched are safetensors and the texts beside them, never pickles or
+    code; of each part's weights one variant. A pull that breaks off goes on with the same command: files that were finished are kept. Each file is
+    compared with the hash that the hub records. For private and gated models set HF_TOKEN.
+
+    Examples:
+
+      tu-diffuse models pull stabilityai/stable-diffusion-xl-base-1.0 --variant fp16
+
+      tu-diffuse models pull owner/name --revision 5d0c0f1c1a0b9a8e7d6c5b4a39281706f5e4d3c2
+
+      tu-diffuse models pull owner/loras --file cats.safetensors
+
+    With --json each line has an event: plan (name, commit, files, missing, megabytes to fetch), file (path, megabytes) before each is fetched, done
+    (path, commit).
+    """
+    del debug  # read in main.py
+    from ..pipeline.hub import cached, is_offline, origin_of
+
+    asked = _hub_name(name, revision)
+    if offline or is_offline():
+        path = cached(asked)
+        if path is None:
+            raise UsageError(f"{asked} is not in the hub's cache; fetch it without --offline and HF_HUB_OFFLINE.")
+        origin = origin_of(path if path.is_dir() else path.parent)
+        _event(as_json, "done", {"path": str(path), "commit": None if origin is None else origin.revision}, str(path))
+        return
+    from ..pipeline.hub_pull import announce, fetch, megabytes, plan_pull
+
+    def tell(work: "Pull", file: "HubFile | None") -> None:
+        if not as_json:
+            announce(work, file)
+        elif file is not None:
+            _event(as_json, "file", {"path": file.path, "megabytes": megabytes([file])})
+
+    work = plan_pull(asked, variant, file or ())
+    sizes = {"files": len(work.files), "missing": len(work.missing), "megabytes": megabytes(work.missing)}
+    if as_json:
+        _event(as_json, "plan", {"name": work.name.repo, "commit": work.commit, **sizes})
+    path = fetch(work, tell)
+    _event(as_json, "done", {"path": str(path), "commit": work.commit}, str(path))
+
+
+@app.command(name="list", epilog=EXIT_CODES)
+def list_models(
+    folders: Annotated[list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Folders that hold models, besides the hub's cache.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the models in the hub's cache, and in folders.
+
+    Examples:
+
+      tu-diffuse models list
+
+      tu-diffuse models list ~/models --json
+
+    With --json each model is one line: name, commit, refs (branches and tags that mean it), family (null: no model folder that can be used here),
+    megabytes on disk, path.
+    """
+    del debug  # read in main.py
+    from ..pipeline.hub_cache import cached_models, folder_models
+
+    models = [*cached_models(), *(model for folder in folders or () for model in folder_models(folder))]
+    for model in models:
+        commit = "" if model["commit"] is None else f"@{model['commit'][:12]} {','.join(model['refs'])}".rstrip()
+        line = f"{model['name']}{commit}  {model['family'] or '-'}  {model['megabytes']} MB"
+        print(json.dumps(model) if as_json else line if model["commit"] else f"{line}  {model['path']}")
+    if not models:
+        print("no models: the embedded one is always there; see tu-diffuse models pull --help", file=sys.stderr)
+
+
+@app.command(epilog=EXIT_CODES)
+def info(model: AnyModel = None, as_json: Json = False, debug: Debug = False) -> None:
     """Show what a model is: family, licence, parts, parameters, experts with their noise levels, size, hash. No weights are loaded.
 
     Examples:
@@ -30,15 +123,116 @@ def info(model: Name = None, as_json: Json = False, debug: Debug = False) -> Non
 
       tu-diffuse models info models/my-sdxl --json
 
-    With --json one line: kind, name, hash, licence, family, prediction, size_multiple, parameters, megabytes, defaults, experts and parts.
+    With --json one line: kind, name, commit, hash, licence, family, prediction, size_multiple, parameters, megabytes, defaults, experts and parts.
     """
     del debug  # read in main.py
     from ..pipeline.describe import describe
     from ..pipeline.folder import open_folder
+    from ..pipeline.hub import found
 
-    facts = describe(open_folder(model))
+    facts = describe(open_folder(None if model is None else found(model, fetch=False)))
     if as_json:
         print(json.dumps(facts))
     else:
         for line in lines_of(facts):
             print(line)
+
+
+@app.command(epilog=EXIT_CODES)
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, a file, or OWNER/NAME in the hub's cache.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Ask the hub for the hashes of this model. [default: those that are recorded here]")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Read a model whole and compare it with the hashes that are recorded for it. Exits with 4 when something differs, 1 when nothing is recorded.
+
+    Models in the hub's cache have the hash of every file; folders those of experts in experts.json and of the bases of deltas.
+
+    Examples:
+
+      tu-diffuse models verify stabilityai/stable-diffusion-xl-base-1.0
+
+      tu-diffuse models verify my-copy/ --against owner/name@v1.0
+
+    With --json one line: checked, bad and unrecorded (names of files, or folders of experts), bytes that were read.
+    """
+    del debug  # read in main.py
+    from ..pipeline.hub import found
+    from ..pipeline.hub_cache import verify as verify_model
+
+    path = found(model, fetch=False)
+    if not path.exists():
+        raise UsageError(f"{str(model)!r} is not there; name a model folder, a file, or OWNER/NAME in the hub's cache.")
+    recorded = None
+    if against is not None:
+        from ..pipeline.hub_pull import listing
+
+        recorded = listing(_hub_name(against, None))
+    result = verify_model(path, recorded)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        for name in result.bad:
+            print(f"differs: {name}")
+        read = f"{len(result.checked)} checked ({result.bytes / 1e6:.1f} MB)"
+        print(f"{read}, {len(result.bad)} differ, {len(result.unrecorded)} have no recorded hash")
+    if result.bad:
+        raise typer.Exit(4)
+    if not result.checked:
+        raise typer.Exit(1)
+
+
+@app.command(epilog=EXIT_CODES)
+def remove(
+    name: Name,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. [default: all that the cache holds]")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Remove a model from the hub's cache, after asking. Folders are never removed.
+
+    Examples:
+
+      tu-diffuse models remove owner/name
+
+      tu-diffuse models remove owner/name --revision 5d0c0f1c1a0b9a8e7d6c5b4a39281706f5e4d3c2 --yes
+
+    With --json one line: name, commits that were removed, megabytes that this set free.
+    """
+    del debug  # read in main.py
+    from ..pipeline.hub_cache import removable
+    from ..pipeline.hub_cache import remove as remove_commits
+
+    asked = _hub_name(name, revision)
+    commits, size = removable(asked)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"{asked} would be removed ({len(commits)} commits, {size} MB) but nobody can be asked here; give --yes.")
+        typer.confirm(f"Remove {asked} ({len(commits)} commits, {size} MB)?", abort=True, err=True)
+    remove_commits(commits)
+    facts = {"name": asked.repo, "commits": commits, "megabytes": size}
+    print(json.dumps(facts) if as_json else f"removed {asked.repo}: {', '.join(commit[:12] for commit in commits)}, {size} MB")
+
+
+def _hub_name(text: str, revision: str | None) -> "HubName":
+    from ..pipeline.hub import HubName, hub_name
+
+    name = hub_name(text)
+    if name is None:
+        raise UsageError(f"{text!r} is no name of a model on the hub; write owner/name, or owner/name@revision.")
+    if revision is not None and name.revision is not None:
+        raise UsageError(f"{text!r} and --revision {revision!r} both name a revision; leave one out.")
+    if revision is None:
+        return name
+    pinned = hub_name(f"{name.repo}@{revision}")
+    if pinned is None:
+        raise UsageError(f"--revision {revision!r} cannot be one; name a branch, a tag or a whole commit id.")
+    return HubName(name.repo, pinned.revision)
+
+
+def _event(as_json: bool, event: str, facts: dict[str, object], text: str = "") -> None:
+    print(json.dumps({"event": event, **facts}) if as_json else text, flush=True)

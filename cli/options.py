@@ -10,7 +10,14 @@ EXIT_CODES = (
     "74 output could not be written, 130 interrupted, 143 terminated."
 )
 
-Model = Annotated[Path | None, typer.Option("--model", metavar="FOLDER", help="Model folder in diffusers' layout. [default: the embedded model]")]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Model folder in diffusers' layout, or OWNER/NAME[@REVISION] of the Hugging Face hub. [default: the embedded model]",
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps; auto takes the fastest there is.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU and float16 elsewhere.")]
 Attention = Annotated[str, typer.Option("--attention", help="Attention kernel: auto, flash, efficient, cudnn or math. See tu-diffuse doctor.")]

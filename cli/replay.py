@@ -42,11 +42,11 @@ def replay(
     from ..batch.again import company_of, draw_again
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_place, load_model
-    from ..pipeline.replay import compare, redraw, request_of
+    from ..pipeline.replay import compare, model_of, redraw, request_of
 
-    folder = open_folder(model)
-    request, index = request_of(folder, settings)
     made_with = settings["model"]
+    folder = open_folder(model_of(model, made_with))
+    request, index = request_of(folder, settings)
     if folder.fingerprint != made_with["hash"]:
         raise UsageError(
             f"{picture.name} was made with the model {made_with['name']!r} (hash {made_with['hash'][:10]}), not with {folder.name!r} "

@@ -21,9 +21,9 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
     """Facts about a model folder, JSON-compatible.
 
     Returns:
-        kind ("model"), name, hash, licence, family, prediction (what the U-Nets put out), size_multiple (of width and height, in pixels), parameters,
-        megabytes (of all weight files, each once), defaults, experts (name, folder, sigma interval, null for no end, guidance, parameters, dtype,
-        megabytes of its own files) and parts (name, class, parameters, dtype, megabytes).
+        kind ("model"), name, commit (of a hub's model), hash, licence, family, prediction (what the U-Nets put out), size_multiple (of width and
+        height, in pixels), parameters, megabytes (of all weight files, each once), defaults, experts (name, folder, sigma interval, null for no end,
+        guidance, parameters, dtype, megabytes of its own files) and parts (name, class, parameters, dtype, megabytes).
 
     Raises:
         ModelError: a weight file is missing or not valid.
@@ -43,6 +43,7 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
     return {
         "kind": "model",
         "name": folder.name,
+        "commit": folder.commit,
         "hash": folder.fingerprint,
         "licence": licence(folder.path),
         "family": folder.family,

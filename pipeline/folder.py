@@ -17,7 +17,8 @@ from ..schedulers.noise import NoiseSchedule
 from ..schedulers.registry import SAMPLERS
 from ..unet.deltas import chain
 from ..unet.experts import ExpertEntry, read_experts
-from ..weights import is_pickle_name, read_json
+from ..weights import is_pickle_name, read_json, weight_files
+from .hub import found, origin_of
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
 
@@ -88,6 +89,7 @@ _CLASS_KEYS = {
     "tokenizer_class": _TOKENIZERS,
 }
 _PART_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_TEXTS = (".json", ".txt", ".model")
 _SAMPLED_BLOCKS, _BLOCK = 16, 65536
 
 
@@ -109,7 +111,8 @@ class ModelFolder:
 
     Attributes:
         path: the folder.
-        name: its last part; what pictures record.
+        name: its last part, or of a hub's model owner/name; what pictures record.
+        commit: of a hub's model, what it was resolved to; None of any other.
         fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
         family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (with `conditioner/`).
         parts: component -> class, for those that are there.
@@ -123,6 +126,7 @@ class ModelFolder:
 
     path: Path
     name: str
+    commit: str | None
     fingerprint: str
     family: str
     parts: Mapping[str, str]
@@ -140,14 +144,14 @@ class ModelFolder:
 
 
 def open_folder(path: Path | None) -> ModelFolder:
-    """Read and check a model folder; None is the embedded model.
+    """Read and check a model folder; None is the embedded model. A name of the hub, owner/name, is taken from its cache or fetched: `hub.found`.
 
     Raises:
         UsageError: there is no such folder.
         UnsafeError: it brings code along, names a class that is not allowed, or its weights are pickles.
         ModelError: a file is missing or not valid.
     """
-    folder = EMBEDDED if path is None else path
+    folder = EMBEDDED if path is None else found(path)
     if not folder.is_dir():
         named = "this installation has no embedded model" if path is None else f"model folder {str(path)!r} is not there"
         raise UsageError(f"{named}; give a diffusers folder with --model.")
@@ -168,9 +172,11 @@ def open_folder(path: Path | None) -> ModelFolder:
     _check_texts(folder, parts, experts)
     factor = _factor(configs["vae"])
     noise = NoiseSchedule.from_config(configs["scheduler"])
+    origin = origin_of(folder)
     return ModelFolder(
         path=folder,
-        name=folder.resolve().name,
+        name=folder.resolve().name if origin is None else origin.repo,
+        commit=None if origin is None else origin.revision,
         fingerprint=fingerprint(folder, folders),
         family=family,
         parts=MappingProxyType(parts),
@@ -187,13 +193,11 @@ def fingerprint(folder: Path, names: Sequence[str]) -> str:
     """SHA-256 over the files that decide a picture: names, sizes, and 16 evenly spaced blocks of 64 KiB (all of a file of up to 1 MiB).
 
     It tells models apart in milliseconds even for many gigabytes; it is no protection against a file changed on purpose between the blocks.
-    `defaults.json` is left out: pictures record the settings themselves.
+    `defaults.json` is left out: pictures record the settings themselves. So are weights that are not loaded, such as variants beside plain ones.
     """
     digest = hashlib.sha256()
-    roots = [folder, *sorted(folder / name for name in names)]
-    for path in (p for root in roots for p in sorted(root.iterdir())):
-        if path.suffix not in (".json", ".txt", ".model", ".safetensors") or path.name == "defaults.json" or not path.is_file():
-            continue
+    texts = [path for path in sorted(folder.iterdir()) if path.suffix in _TEXTS and path.name != "defaults.json" and path.is_file()]
+    for path in [*texts, *(path for name in sorted(names) for path in _deciding(folder / name))]:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:
@@ -206,23 +210,49 @@ def fingerprint(folder: Path, names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+def _deciding(folder: Path) -> list[Path]:
+    """The files of a component that decide a picture: all texts and weights, but of whole weights only those that are loaded."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (*_TEXTS, ".safetensors") and path.is_file())
+    for stem in ("diffusion_pytorch_model", "model"):
+        weights = {path for path in files if path.name.startswith((f"{stem}.", f"{stem}-")) and ".safetensors" in path.name}
+        if len(weights) > 1:
+            weights -= set(weight_files(folder, stem))
+            files = [path for path in files if path not in weights]
+    return files
+
+
+def allowed_parts(name: str, index: Mapping[str, Any]) -> dict[str, str]:
+    """The components of a `model_index.json` that are loaded, with their classes.
+
+    Args:
+        name: of the model, for messages.
+        index: what the file holds.
+
+    Raises:
+        UnsafeError: the pipeline, or the class of a component, is not on the list.
+    """
     if index.get("_class_name") not in _PIPELINES:
-        raise UnsafeError(f"{folder.name!r} asks for the pipeline {index.get('_class_name')!r:.100}; only {', '.join(_PIPELINES)} are run here.")
+        raise UnsafeError(f"{name!r} asks for the pipeline {index.get('_class_name')!r:.100}; only {', '.join(_PIPELINES)} are run here.")
     parts: dict[str, str] = {}
     for part, value in index.items():
         if not isinstance(value, list) or part.startswith("_") or value == [None, None]:
             continue
         if not _PART_NAME.fullmatch(part):
-            raise UnsafeError(f"{folder.name!r} names a part {part!r:.100}, which may not leave the model folder; take another model.")
+            raise UnsafeError(f"{name!r} names a part {part!r:.100}, which may not leave the model folder; take another model.")
         if len(value) != 2 or not all(isinstance(v, str) for v in value) or tuple(value) not in _ALLOWED:
             raise UnsafeError(
-                f"{folder.name!r} asks for {part} = {value!r:.200}, which is not on the list of classes that are run here; nothing was loaded."
+                f"{name!r} asks for {part} = {value!r:.200}, which is not on the list of classes that are run here; nothing was loaded."
             )
         if tuple(value) not in _NOT_LOADED:
-            if not (folder / part).is_dir():
-                raise ModelError(f"{folder.name!r} names a part {part!r} but has no folder of that name; fetch the model again.")
             parts[part] = value[1]
+    return parts
+
+
+def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    parts = allowed_parts(folder.name, index)
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise ModelError(f"{folder.name!r} names a part {part!r} but has no folder of that name; fetch the model again.")
     for part in ("unet", "vae", "scheduler"):
         if part not in parts:
             raise ModelError(f"{folder.name!r} has no part {part!r} in its model_index.json; fetch the model again.")
@@ -230,9 +260,9 @@ def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _refuse_files(folder: Path) -> None:
-    """Refuse code, and links that lead out of the folder; those of a hub cache lead to its own `blobs`."""
+    """Refuse code, and links that lead out of the folder; those of a hub cache lead to its own `blobs`, or to those that repositories share."""
     root = folder.resolve()
-    places = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    places = [root, *([root.parents[1] / "blobs", root.parents[2] / "blobs"] if origin_of(root) is not None else [])]
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if _CODE_FILE.fullmatch(path.name):

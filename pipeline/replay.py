@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, UsageError
 from .folder import ModelFolder
+from .hub import HubName, cached, hub_name, is_commit
 from .loading import Model
 from .metadata import encode_picture, open_picture
 from .previews import to_image
@@ -32,6 +33,27 @@ class Difference:
 
     largest: int
     pixels: int
+
+
+def model_of(named: Path | None, made_with: Mapping[str, Any]) -> Path | None:
+    """The model that a picture is drawn with again: at the recorded commit, where it came from the hub.
+
+    Args:
+        named: what a person named; None takes the recorded model from the hub's cache, for a picture makes nobody ask the network.
+        made_with: the `model` of the picture's settings.
+
+    Raises:
+        UsageError: nothing was named, and the recorded model is not in the cache.
+    """
+    recorded = hub_name(f"{made_with.get('name')}@{made_with.get('commit')}")
+    if recorded is None or not is_commit(str(recorded.revision)):
+        return named
+    if named is None:
+        there = cached(recorded)
+        if there is None:
+            raise UsageError(f"the picture was made with {recorded}, which is not in the hub's cache; first run tu-diffuse models pull {recorded}.")
+        return there
+    return Path(str(recorded)) if not named.exists() and hub_name(named.as_posix()) == HubName(recorded.repo) else named
 
 
 def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Request, int]:

@@ -154,7 +154,7 @@ def applied_settings(
         "version": 1,
         "software": f"tu-diffuse {__version__}",
         "torch": torch.__version__,
-        "model": {"name": folder.name, "hash": folder.fingerprint},
+        "model": {"name": folder.name, "commit": folder.commit, "hash": folder.fingerprint},
         **asked,
         "seed": seed,
         "dtype": str(place.dtype).removeprefix("torch."),

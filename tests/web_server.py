@@ -12,7 +12,7 @@ from pathlib import Path
 def serve(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
     """Serve with a handler; yields "http://127.0.0.1:PORT"."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
