@@ -25,13 +25,13 @@ def company_of(picture: Path, settings: Mapping[str, Any]) -> list[Item] | None:
     return None
 
 
-def draw_again(folder: ModelFolder, place: Place, items: Sequence[Item], key: str, seed: int) -> Drawn:
-    """Draw a batch and give the picture of the item `key`, or of its candidate with the seed.
+def draw_again(folder: ModelFolder, place: Place, items: Sequence[Item], key: str, seed: int, files: Mapping[str, Path] | None = None) -> Drawn:
+    """Draw a batch and give the picture of the item `key`, or of its candidate with the seed; for `files` see `Studio`.
 
     Raises:
         RenderError: it could not be made.
     """
-    for result in render(Studio(folder, place, roomy=True), [items], 0, Path(), lambda _: None):
+    for result in render(Studio(folder, place, roomy=True, files=files), [items], 0, Path(), lambda _: None):
         if (result.item.asked, result.item.seed) == (key, seed):
             if isinstance(result, Drawn):
                 return result

@@ -168,7 +168,7 @@ def advance(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Dr
 
 def _advanced(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Draft:
     request, schedule, device = draft.request, draft.schedule, studio.place.device
-    experts = studio.table(schedule)
+    experts = studio.table(schedule, request.loras)
     first, end = stages(schedule.sigmas, experts.borders)[draft.stage]
     owner = experts.expert_for(float(schedule.sigmas[first]))
     told = [said[owner.name] for said in draft.said]

@@ -37,7 +37,7 @@ def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: 
     if studio.roomy:
         for batch in batches:
             draft = begin(studio, batch)
-            while draft.next_expert(studio.table(draft.schedule)) is not None:
+            while draft.next_expert(studio.table(draft.schedule, draft.request.loras)) is not None:
                 draft = advance(studio, draft, tell)
             yield from finish(studio, draft)
         return
@@ -62,7 +62,7 @@ def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tel
     """Expert by expert through the window; the next expert is fetched while the last batch is still with the one before."""
     names = [entry.name for entry in reversed(studio.folder.experts)]
     for name, below in zip(names, [*names[1:], None], strict=True):
-        mine = [i for i, (_, draft) in enumerate(window) if draft.next_expert(studio.table(draft.schedule)) == name]
+        mine = [i for i, (_, draft) in enumerate(window) if draft.next_expert(studio.table(draft.schedule, draft.request.loras)) == name]
         for i in mine:
             if i == mine[-1] and below is not None:
                 studio.experts().get(name)  # it must be there, or fetching the next one would cost its place

@@ -94,7 +94,7 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], workers: i
     if studio.roomy:
         studio.codec()
     spans: list[float] = []
-    while draft.next_expert(studio.table(draft.schedule)) is not None:
+    while draft.next_expert(studio.table(draft.schedule, draft.request.loras)) is not None:
         marks = [time.perf_counter()]
         draft = advance(studio, draft, lambda _, marks=marks: marks.append(time.perf_counter()))
         spans += [after - before for before, after in pairwise(marks)]

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import ModelError, UnsafeError, UsageError
+from ..pipeline.adapters import Shelf
 from ..pipeline.folder import ModelFolder
 from ..pipeline.output import picture_name
 from ..pipeline.request import Request, resolve
@@ -19,7 +20,7 @@ Sweep = Mapping[str, Sequence[Any]]
 """Option to the values that multiply every line."""
 
 MAX_ITEMS = 1_000_000
-_NOT_SETTINGS = ("count", "seed", "seeds", "name", "format")  # of a line, but not of `resolve`
+_NOT_SETTINGS = ("count", "seed", "seeds", "name", "format", "lora", "embedding")  # of a line, but not of `resolve`
 _CANDIDATE_STRIDE = 2654435769  # 2³² over the golden ratio, odd: candidates of one seed are all different, and far from those of its neighbours
 NAME = "{number}-{prompt}-{seed}"
 
@@ -72,6 +73,7 @@ def make_items(
     defaults: Mapping[str, Any],
     sweep: Sweep,
     circumstances: Mapping[str, Any],
+    shelf: Shelf | None = None,
     best_of: int = 1,
     name_of: Callable[[Line, int], str] | None = None,
 ) -> tuple[list[Item], list[Problem]]:
@@ -86,12 +88,14 @@ def make_items(
         defaults: options that lines may override, checked as theirs.
         sweep: option -> values; a line's own value of that option is replaced.
         circumstances: what else decides pixels: dtype, device and so on; goes into every key.
+        shelf: where LoRA files are found again; None for one that nobody else needs.
         best_of: see `Item`; from 2 on, `circumstances` must hold it and what scores.
         name_of: a line and the place of a picture among those of the line, from 0, to the picture's file name without suffix; in place of `name`.
 
     Returns:
         The items in the order of the lines, and what the model cannot do, by line.
     """
+    loras = Shelf(folder) if shelf is None else shelf
     items: list[Item] = []
     problems: list[Problem] = []
     told: Counter[tuple[str, str]] = Counter()
@@ -103,13 +107,15 @@ def make_items(
             seeds = _seeds(values, text, told[text])
             for place, (choice, seed) in enumerate(product(_choices(sweep), seeds)):
                 named = {} if name_of is None else {"name": name_of(line, place)}
-                item = _item(folder, line.number, {**values, **choice, **named}, seed, circumstances, seen)
+                item = _item(loras, line.number, {**values, **choice, **named}, seed, circumstances, seen)
                 items.append(replace(item, best_of=best_of))
             if len(items) > MAX_ITEMS:
                 raise UsageError(f"line {line.number} brings the pictures to {len(items)}; at most {MAX_ITEMS} are taken in one run; split the file.")
         except UsageError as error:
             option = next((name for name in line.columns if f"--{name.replace('_', '-')} " in f"{error} "), None)
             problems.append(Problem(line.number, 1 if option is None else line.columns[option], str(error)))
+        except (ModelError, UnsafeError) as error:
+            problems.append(Problem(line.number, line.columns.get("lora", line.columns.get("embedding", 1)), str(error)))
         told[text] += 1
     return items, problems
 
@@ -130,9 +136,11 @@ def _choices(sweep: Sweep) -> Iterable[dict[str, Any]]:
     return (dict(zip(sweep, values, strict=True)) for values in product(*sweep.values()))
 
 
-def _item(folder: ModelFolder, line: int, values: Mapping[str, Any], seed: int, circumstances: Mapping[str, Any], seen: Counter[str]) -> Item:
+def _item(shelf: Shelf, line: int, values: Mapping[str, Any], seed: int, circumstances: Mapping[str, Any], seen: Counter[str]) -> Item:
     settings = {name: value for name, value in values.items() if name not in (*_NOT_SETTINGS, "prompt") and value is not None}
-    request = resolve(folder, values["prompt"], [seed], **settings)
+    folder, loras = shelf.folder, [shelf.lora(text) for text in values.get("lora") or ()]
+    embeddings = [shelf.embedding(text) for text in values.get("embedding") or ()]
+    request = resolve(folder, values["prompt"], [seed], loras=loras, embeddings=embeddings, **settings)
     template, picture_format = values.get("name") or NAME, values.get("format") or "png"
     decided = {"request": asdict(request), "model": folder.fingerprint, "name": template, "format": picture_format, **circumstances}
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]

@@ -17,6 +17,7 @@ from ..pipeline.limits import CHOICES, MAX_PROMPT, MAX_SEED, RANGES, checked_tex
 from ..pipeline.output import checked_template
 
 _MOST_SEEDS = int(RANGES["count"][1])
+_MOST_ADAPTERS = 16
 _MOST_SIGMAS = int(RANGES["steps"][1]) + 1
 _NAMES = {"text": "text", "choice": "one of the names", "integer": "whole number", "number": "number", "flag": "true or false"}
 _JSON_TYPES = {"text": "string", "choice": "string", "integer": "integer", "number": "number", "flag": "boolean"}
@@ -77,6 +78,11 @@ def _interval(pair: Sequence[float]) -> None:
         raise UsageError(f"guidance_interval {pair[0]:g},{pair[1]:g} is empty; give two sigmas, the lower one first.")
 
 
+def _named(option: str, texts: Sequence[str]) -> None:
+    for text in texts:
+        checked_text(option, text)
+
+
 def _number(name: str, kind: Literal["integer", "number"], help: str, flags: tuple[str, ...] = ()) -> Option:
     low, high = RANGES[name]
     return Option(name=name, kind=kind, help=help, flags=flags, low=low, high=high)
@@ -127,6 +133,20 @@ OPTIONS = (
     ),
     Option(name="apg", kind="flag", help="Adaptive projected guidance."),
     _number("dynamic_threshold", "number", "Clamp each prediction at this percentile of its absolute values."),
+    Option(
+        name="lora",
+        kind="text",
+        help="LoRA files, each FILE:WEIGHT or FILE:WEIGHT@EXPERT; the weight is 1 when left out.",
+        items=(1, _MOST_ADAPTERS),
+        check=partial(_named, "lora"),
+    ),
+    Option(
+        name="embedding",
+        kind="text",
+        help="Textual-inversion files, each FILE or FILE=WORD; used where their word stands in the prompt.",
+        items=(1, _MOST_ADAPTERS),
+        check=partial(_named, "embedding"),
+    ),
     Option(name="strict", kind="flag", help="Refuse a prompt with words beyond the text encoders' limits."),
     Option(name="name", kind="text", help="File name without suffix; may hold {prompt}, {seed} and {number}.", check=_template),
     _choice("format", "Picture format."),
@@ -151,7 +171,7 @@ def from_text(option: Option, text: str) -> Any:
     """
     if not text.strip():
         raise UsageError(f"{option.name} has no value; give {_wanted(option)}.")
-    if option.kind == "text":
+    if option.kind == "text" and option.items is None:
         return _checked(option, text)
     if option.items is None:
         return _checked(option, _item(option, text))
@@ -234,7 +254,7 @@ def _item(option: Option, text: str) -> Any:
         return int(text.partition(".")[0])
     if option.kind == "number" and len(text) <= _SHOWN and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text):
         return float(text)
-    if option.kind == "choice":
+    if option.kind in ("choice", "text"):
         return text
     raise UsageError(f"{option.name} {shown(text)} cannot be used; give {_wanted(option)}.")
 
@@ -266,7 +286,7 @@ def _json_name(value: object) -> str:
 
 def _wanted(option: Option) -> str:
     if option.kind == "text":
-        return "text"
+        return "text" if option.items is None else f"{option.items[0]} to {option.items[1]} texts"
     if option.kind == "choice":
         return f"one of {', '.join(option.choices)}"
     if option.kind == "flag":
@@ -285,7 +305,7 @@ def _bounds(option: Option) -> str:
 def _value_column(option: Option) -> str:
     if option.choices:
         return ", ".join(option.choices)
-    if option.kind in ("text", "flag"):
+    if option.kind == "flag" or (option.kind == "text" and option.items is None):
         return _NAMES[option.kind]
     return _wanted(option).removeprefix("a ")
 

@@ -112,7 +112,7 @@ def generate_commands(folder: ModelFolder, items: Iterable[Item], shared: Sequen
         shared: from `shared_arguments`.
     """
     told = cache(partial(_told, folder))
-    return [_command(item, told(replace(item.request, prompt="-", negative="", seeds=(0,))), shared) for item in items]
+    return [_command(item, told(replace(item.request, prompt="-", negative="", seeds=(0,), embeddings=())), shared) for item in items]
 
 
 def _command(item: Item, told: Iterable[str], shared: Sequence[str]) -> str:
@@ -120,7 +120,8 @@ def _command(item: Item, told: Iterable[str], shared: Sequence[str]) -> str:
     options = [part for name in told for part in _argument(name, getattr(request, name))]
     negative = ["--negative", request.negative] if request.negative else []
     picture_format = [] if item.picture_format == "png" else ["--format", item.picture_format]
-    tail = [*negative, "--seed", str(item.seed), *options, *picture_format, *shared]
+    adapters = [part for one in (*request.loras, *request.embeddings) for part in (one.option, one.spec)]
+    tail = [*negative, "--seed", str(item.seed), *options, *adapters, *picture_format, *shared]
     if request.prompt == "-":  # which generate takes for standard input
         return f"echo - | {shlex.join(['tu-diffuse', 'generate', '-', *tail])}"
     if request.prompt.startswith("-"):
@@ -138,7 +139,7 @@ def _told(folder: ModelFolder, request: Request) -> tuple[str, ...]:
     for name in list(given):
         fewer = {other: value for other, value in given.items() if other != name}
         with suppress(UsageError):  # what is left may contradict each other
-            if resolve(folder, request.prompt, request.seeds, **fewer) == request:
+            if resolve(folder, request.prompt, request.seeds, loras=request.loras, embeddings=request.embeddings, **fewer) == request:
                 given = fewer
     return tuple(given)
 
@@ -168,6 +169,8 @@ def _settings(folder: ModelFolder, item: Item, entry: Entry | None) -> dict[str,
         "dynamic threshold": request.dynamic_threshold,
         "eta": request.eta,
         "negative": request.negative or None,
+        "lora": ", ".join(lora.spec for lora in request.loras) or None,
+        "embedding": ", ".join(one.spec for one in request.embeddings) or None,
         "format": item.picture_format,
     }
     if entry is not None and entry.score is not None:

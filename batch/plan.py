@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, OutputError
+from ..pipeline.adapters import LoraUse
+from ..pipeline.embeddings import EmbeddingUse
 from ..pipeline.output import candidates
 from ..pipeline.request import BATCH_PICTURES, BATCH_PIXELS, Request
 from .files import replace as write_whole
@@ -21,7 +23,20 @@ from .items import Item
 
 PLAN_FILE = "plan.json"
 VERSION = 1
-_SHARED = ("width", "height", "steps", "sampler", "schedule", "sigmas", "eta", "guidance_rescale", "guidance_interval", "apg", "dynamic_threshold")
+_SHARED = (
+    "width",
+    "height",
+    "steps",
+    "sampler",
+    "schedule",
+    "sigmas",
+    "eta",
+    "guidance_rescale",
+    "guidance_interval",
+    "apg",
+    "dynamic_threshold",
+    "loras",
+)
 
 
 @dataclass(frozen=True)
@@ -161,4 +176,6 @@ def _item(stored: dict[str, Any]) -> Item:
     for field in fields(Request):
         value = stored["request"][field.name]
         values[field.name] = tuple(value) if isinstance(value, list) else value
+    values["loras"] = tuple(LoraUse.stored(lora) for lora in values["loras"])
+    values["embeddings"] = tuple(EmbeddingUse.stored(one) for one in values["embeddings"])
     return Item(stored["key"], int(stored["line"]), Request(**values), stored["template"], stored["format"], int(stored.get("best_of", 1)))

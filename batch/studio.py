@@ -5,15 +5,18 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
 from ..contracts import Conditioning
 from ..errors import UsageError
+from ..pipeline.adapters import Adapters, LoraUse, Shelf
 from ..pipeline.describe import describe
+from ..pipeline.embeddings import EmbeddingUse
 from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import Encode, Place, load_codec, load_experts, load_readers
+from ..pipeline.loading import Encode, Place, TextParts, load_codec, load_experts, load_texts, readers_of
 from ..pipeline.request import Request
 from ..schedulers.schedules import SigmaSchedule
 from ..unet.experts import ExpertTable
@@ -21,6 +24,7 @@ from ..unet.residency import ExpertPool
 from ..vae.codec import LatentCodec
 
 TEXTS_KEPT = 512  # encoded prompts that are remembered
+_Text = tuple[str, str, int, int, tuple[LoraUse, ...], tuple[EmbeddingUse, ...]]
 
 
 def model_bytes(folder: ModelFolder, place: Place) -> int:
@@ -57,22 +61,32 @@ class Studio:
     With `roomy`, every part stays once it was loaded. Without, text encoders, experts and codec take turns: asking for one lets the others go.
     """
 
-    def __init__(self, folder: ModelFolder, place: Place, *, roomy: bool) -> None:
+    def __init__(self, folder: ModelFolder, place: Place, *, roomy: bool, files: Mapping[str, Path] | None = None) -> None:
+        """Hold nothing yet.
+
+        Args:
+            folder: the model.
+            place: where it computes.
+            roomy: see above.
+            files: hash -> path of the LoRAs and embeddings that requests name.
+        """
         self.folder = folder
+        self._shelf = Shelf(folder, files)
         self.place = place
         self.roomy = roomy
         self.fallbacks: tuple[str, ...] = ()  # parts that the library's classes compute
         self._loads: Counter[str] = Counter()
-        self._readers: Mapping[str, Encode] | None = None
+        self._encoders: Mapping[str, TextParts] | None = None
+        self._readers: tuple[Adapters, Mapping[str, Encode]] | None = None  # of the LoRAs that came last
         self._experts: ExpertPool | None = None
         self._codec: LatentCodec | None = None
-        self._texts: OrderedDict[tuple[str, str, int, int], Mapping[str, Said]] = OrderedDict()
+        self._texts: OrderedDict[_Text, Mapping[str, Said]] = OrderedDict()
 
     def read(self, request: Request) -> Mapping[str, Said]:
         """What each expert is told of a request; a text that was read before is remembered."""
-        text = (request.prompt, request.negative, request.width, request.height)
+        text = (request.prompt, request.negative, request.width, request.height, request.loras, request.embeddings)
         if text not in self._texts:
-            self._texts[text] = _read(self._text_encoders(), text)
+            self._texts[text] = _read(self._text_readers(self._shelf.adapters(request.loras, request.embeddings)), text)
             while len(self._texts) > TEXTS_KEPT:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(text)
@@ -86,9 +100,9 @@ class Studio:
             self._note(fallbacks)
         return self._experts
 
-    def table(self, schedule: SigmaSchedule) -> ExpertTable:
-        """The experts as the denoiser of a run."""
-        return self.experts().table(schedule.timestep_at, ahead=self.roomy)
+    def table(self, schedule: SigmaSchedule, loras: tuple[LoraUse, ...]) -> ExpertTable:
+        """The experts as the denoiser of a run, with LoRAs."""
+        return self.experts().table(schedule.timestep_at, ahead=self.roomy, added=self._shelf.adapters(loras).unets)
 
     def codec(self) -> LatentCodec:
         """The codec."""
@@ -105,12 +119,15 @@ class Studio:
         now = Counter() if self._experts is None else self._experts.loads
         return dict(self._loads + now)
 
-    def _text_encoders(self) -> Mapping[str, Encode]:
-        if self._readers is None:
+    def _text_readers(self, adapters: Adapters) -> Mapping[str, Encode]:
+        if self._encoders is None:
             self._make_room()
-            self._readers = load_readers(self.folder, self.place)
+            self._encoders = load_texts(self.folder, self.place)
             self._loads["text encoders"] += 1
-        return self._readers
+        if self._readers is None or self._readers[0] is not adapters:
+            self._readers = None  # before the next copies are made
+            self._readers = (adapters, readers_of(self.folder, self._encoders, adapters))
+        return self._readers[1]
 
     def _note(self, fallbacks: tuple[str, ...]) -> None:
         self.fallbacks = tuple(dict.fromkeys((*self.fallbacks, *fallbacks)))
@@ -118,14 +135,14 @@ class Studio:
     def _make_room(self) -> None:
         if not self.roomy:
             self._loads += Counter() if self._experts is None else self._experts.loads
-            self._readers = self._experts = self._codec = None
+            self._encoders = self._readers = self._experts = self._codec = None
             gc.collect()
 
 
-def _read(readers: Mapping[str, Encode], text: tuple[str, str, int, int]) -> dict[str, Said]:
+def _read(readers: Mapping[str, Encode], text: _Text) -> dict[str, Said]:
     known: dict[Encode, Said] = {}
     for encode in dict.fromkeys(readers.values()):
-        prompt, negative = encode(*text)
+        prompt, negative = encode(*text[:4])
         overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
         known[encode] = Said(on_device(prompt.conditioning, "cpu"), on_device(negative.conditioning, "cpu"), overflow)
     return {name: known[encode] for name, encode in readers.items()}

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
@@ -42,6 +42,7 @@ class Job:
         plan: its share.
         out: folder of the pictures.
         clip: what scores candidates, where items have some.
+        files: see `Studio`.
     """
 
     model: Path
@@ -51,6 +52,7 @@ class Job:
     plan: Plan
     out: Path
     clip: ScoreModel | None
+    files: Mapping[str, Path]
 
 
 def shares(plan: Plan, part: tuple[int, int], workers: int) -> list[Plan]:
@@ -129,7 +131,7 @@ def _work(job: Job, parent: Connection) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     try:
         folder = open_folder(job.model)
-        studio = Studio(folder, job.place, roomy=job.roomy)
+        studio = Studio(folder, job.place, roomy=job.roomy, files=job.files)
         scorer = None if job.clip is None else load_scorer(job.clip, job.place.device)
         done = settle(job.plan, job.out)
         draw_missing(studio, job.plan, done, job.out, part=(1, 1), window_bytes=job.window_bytes, tell=parent.send, kept=parent.send, scorer=scorer)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ..errors import DataError, UsageError
-from .options import Attention, Debug, Device, DType, Json, Model
+from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model
 
 if TYPE_CHECKING:
     from ..batch.drafts import Stepped
@@ -45,6 +45,8 @@ _LINE_OPTIONS = (
     "format",
     "name",
     "strict",
+    "lora",
+    "embedding",
 )
 
 
@@ -86,6 +88,8 @@ def batch(
     eta: Annotated[float | None, typer.Option(help="0..1, as in generate.")] = None,
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp. [default: png]")] = None,
     name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names. [default: {number}-{prompt}-{seed}]")] = None,
+    lora: Loras = None,
+    embedding: Embeddings = None,
     dtype: DType = "auto",
     device: Device = "auto",
     devices: Annotated[str | None, typer.Option(metavar="D1,D2,...", help="Draw on several devices at once, as in cuda:0,cuda:1.")] = None,
@@ -107,6 +111,8 @@ def batch(
 
       tu-diffuse batch prompts.csv --out pictures --dry-run
 
+      tu-diffuse batch prompts.txt --out pictures --model my-sd15 --lora style.safetensors:0.8
+
       tu-diffuse batch prompts.txt --out pictures --devices cuda:0,cuda:1
 
       tu-diffuse batch prompts.txt --out pictures --best-of 4 --score-model ViT-B-32
@@ -122,7 +128,8 @@ def batch(
     if schema:
         print(json.dumps(json_schema(), indent=2))
         return
-    given = {option: value for option, value in locals().items() if option in _LINE_OPTIONS and value is not None and value is not False}
+    given = {option: value for option, value in locals().items() if option in _LINE_OPTIONS and value not in (None, [])}
+    given = {option: value for option, value in given.items() if value is not False}
     if prompts is None:
         raise UsageError("the prompt file is missing; name one that ends in .txt, .jsonl, .csv or .tsv, or - for standard input.")
     if out is None:
@@ -154,6 +161,7 @@ def batch(
     from ..batch.sheet import write_sheet
     from ..batch.studio import Studio, memory_budget, model_bytes
     from ..batch.workers import Job, draw_in_workers, shares
+    from ..pipeline.adapters import Shelf
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_place
     from ..pipeline.output import try_folder
@@ -167,16 +175,20 @@ def batch(
     clip = None if score_model is None else open_score_model(score_model)
     if clip is not None:
         circumstances |= {"best_of": best_of, "score_model": clip.hash}
+    shelf = Shelf(folder)
     items, refused = make_items(
         folder,
         file.lines,
         defaults=_checked(given),
         sweep=_sweep(sweep or []),
         circumstances=circumstances,
+        shelf=shelf,
         best_of=1 if best_of is None else best_of,
         name_of=geneval.name_of if layout == "geneval" else None,
     )
     reporter = _Reporter(as_json, out)
+    for said in shelf.partial:
+        reporter.note(said)
     problems = sorted((*file.problems, *refused))
     for problem in problems:
         reporter.problem(problem)
@@ -186,7 +198,7 @@ def batch(
     budgets = [memory_budget(memory, place) // places.count(place) for place in places]
     roomy = [model_bytes(folder, place) < budget for place, budget in zip(places, budgets, strict=True)]
     windows = [budget // WINDOW_SHARE for budget in budgets]
-    studio = Studio(folder, places[0], roomy=roomy[0])
+    studio = Studio(folder, places[0], roomy=roomy[0], files=shelf.files)
     if dry_run:
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
         reporter.expected(expect(studio, plan, out, which, windows[0], len(places)))
@@ -205,7 +217,7 @@ def batch(
         try:
             if len(places) > 1:
                 dealt = zip(places, roomy, windows, shares(plan, which, len(places)), strict=True)
-                for entry in draw_in_workers([Job(folder.path, *one, out, clip) for one in dealt], loads, reporter.step):
+                for entry in draw_in_workers([Job(folder.path, *one, out, clip, shelf.files) for one in dealt], loads, reporter.step):
                     reporter.entry(entry)
             else:
                 scorer = None if clip is None else load_scorer(clip, places[0].device)
@@ -253,7 +265,11 @@ def _sweep(texts: list[str]) -> dict[str, list[Any]]:
     from ..batch.options import BY_NAME, from_text
 
     sweeps: dict[str, list[Any]] = {}
-    sweepable = [one.name for one in BY_NAME.values() if one.items is None and one.name not in ("prompt", "seed", "count")]
+    sweepable = [
+        one.name
+        for one in BY_NAME.values()
+        if (one.items is None or one.name in ("lora", "embedding")) and one.name not in ("prompt", "seed", "count")
+    ]
     for text in texts:
         option, _, values = text.partition("=")
         name = option.replace("-", "_")
@@ -276,6 +292,10 @@ class _Reporter:
     def problem(self, problem: "Problem") -> None:
         """Say what is wrong with a line."""
         self._event("problem", asdict(problem), f"line {problem.line}, column {problem.column}: {problem.message}")
+
+    def note(self, text: str) -> None:
+        """Say what the folder's pictures record too."""
+        print(text, file=sys.stderr, flush=True)
 
     def expected(self, expected: "Expected") -> None:
         """Say what would be drawn."""

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UsageError
 from ..pipeline.limits import RANGES
-from .options import Attention, Debug, Device, DType, Json, Model
+from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model
 
 
 def generate(
@@ -40,6 +40,8 @@ def generate(
     steps_strip: Annotated[bool, typer.Option("--steps-strip", help="Also save each step's prediction in one strip, with its expert.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="While drawing, keep a preview file beside the output up to date.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse a prompt with words beyond the text encoders' limits.")] = False,
+    lora: Loras = None,
+    embedding: Embeddings = None,
     dtype: DType = "auto",
     device: Device = "auto",
     attention: Attention = "auto",
@@ -56,6 +58,8 @@ def generate(
 
       tu-diffuse generate "a yellow star" --seed 7 --count 4 --out stars/
 
+      tu-diffuse generate "a castle" --model my-sd15 --lora style.safetensors:0.8 --lora light.safetensors
+
       echo "a green heart" | tu-diffuse generate - --out heart.webp
 
     With --json each picture is one line: path, steps_strip, prompt, seed, seconds, truncated (words that did not fit),
@@ -69,8 +73,9 @@ def generate(
     if not fewest <= count <= most:
         raise UsageError(f"--count {count} is out of range; give a number from {fewest} to {most}.")
 
+    from ..pipeline.adapters import Shelf
     from ..pipeline.folder import open_folder
-    from ..pipeline.loading import load_model
+    from ..pipeline.loading import adapted_to, load_model
     from ..pipeline.metadata import encode_picture
     from ..pipeline.output import plan_target, publish
     from ..pipeline.previews import LivePreview, StepsStrip, to_image
@@ -80,6 +85,8 @@ def generate(
     from .progress import Reporter
 
     folder = open_folder(model)
+    shelf = Shelf(folder)
+    loras, embeddings = [shelf.lora(text) for text in lora or []], [shelf.embedding(text) for text in embedding or []]
     requests = [
         resolve(
             folder,
@@ -99,9 +106,13 @@ def generate(
             apg=apg,
             dynamic_threshold=dynamic_threshold,
             strict=strict,
+            loras=loras,
+            embeddings=embeddings,
         )
         for text, first in ((text, random_seed(count) if seed is None else seed) for text in texts)
     ]
+    for unused in (one for one in embeddings if not any(one in request.embeddings for request in requests)):
+        raise UsageError(f"the word {unused.token!r} of --embedding {unused.name} stands in no prompt; write it where it belongs, or leave it out.")
     target = plan_target(out, name, format, pictures=len(texts) * count)
     loaded = load_model(folder, dtype=dtype, device=device, attention=attention)
     gc.freeze()
@@ -110,6 +121,8 @@ def generate(
     number = 0
     work = [batch for request in requests for batch in batches(request)]
     with Reporter(total=sum(batch.steps for batch in work)) as reporter:
+        for said in shelf.partial:
+            reporter.say(said)
         for batch in work:
             started = time.perf_counter()
             names = [target.name(batch.prompt, s, number + i + 1) for i, s in enumerate(batch.seeds)]
@@ -117,6 +130,7 @@ def generate(
             live = LivePreview(loaded.codec, target.folder, names[0], reporter.say) if preview else None
             strip = StepsStrip() if steps_strip else None
             try:
+                loaded = adapted_to(loaded, shelf, batch)
                 for event in text_to_image(loaded, batch):
                     if isinstance(event, Progress):
                         reporter.step(event)

@@ -15,6 +15,12 @@ ROUNDING = 2  # of 255, by which pixels may depend on the batch that they are co
 def replay(
     picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A picture that tu-diffuse made.")],
     model: Model = None,
+    lora: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="LoRA file that the picture names, or a folder to look for it by hash; may be repeated.")
+    ] = None,
+    embedding: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="Embedding file that the picture names, or a folder that holds it; may be repeated.")
+    ] = None,
     dtype: DType = "recorded",
     device: Device = "recorded",
     attention: Attention = "recorded",
@@ -32,6 +38,8 @@ def replay(
 
       tu-diffuse replay portrait.webp --model models/my-sdxl
 
+      tu-diffuse replay portrait.webp --model models/my-sdxl --lora loras/
+
     With --json one line: path, equal, largest_difference (0..255), different_pixels, seed.
     """
     del debug  # read in main.py
@@ -40,8 +48,9 @@ def replay(
     settings = read_metadata(picture)
 
     from ..batch.again import company_of, draw_again
+    from ..pipeline.adapters import Shelf, find_by_hash
     from ..pipeline.folder import open_folder
-    from ..pipeline.loading import choose_place, load_model
+    from ..pipeline.loading import adapted_to, choose_place, load_model
     from ..pipeline.replay import compare, model_of, redraw, request_of
 
     made_with = settings["model"]
@@ -55,11 +64,13 @@ def replay(
     dtype, device, attention = (
         settings[name] if value == "recorded" else value for name, value in (("dtype", dtype), ("device", device), ("attention", attention))
     )
+    files = find_by_hash([*(lora or []), *(embedding or [])], [*request.loras, *request.embeddings])
     company = company_of(picture, settings)
     if company is not None:
-        new = draw_again(folder, choose_place(dtype, device, attention), company, settings["item"], settings["seed"])
+        new = draw_again(folder, choose_place(dtype, device, attention), company, settings["item"], settings["seed"], files)
     else:
-        new = redraw(load_model(folder, dtype=dtype, device=device, attention=attention), request, index)
+        loaded = load_model(folder, dtype=dtype, device=device, attention=attention)
+        new = redraw(adapted_to(loaded, Shelf(folder, files), request), request, index)
     difference = compare(picture, new.pixels, new.settings)
     equal = difference.largest == 0
     if as_json:

@@ -3,8 +3,8 @@
 The classes are chosen from the list in `folder.py`, never from what a folder names freely, and read safetensors only.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,10 @@ class LibraryDenoiser:
                 return x / scale**2 - output * (level / scale)
             case _:
                 return output
+
+    def with_unet(self, unet: UNet2DConditionModel) -> "LibraryDenoiser":
+        """The same with other weights."""
+        return replace(self, unet=unet)
 
 
 class LibraryVAE(nn.Module):
@@ -158,3 +162,18 @@ def _is_modest(value: object, layers: bool = False) -> bool:
             return abs(value) <= (MAX_LAYERS if layers else MAX_WIDTH)
         case _:
             return True
+
+
+def empty_unet(config: Mapping[str, Any]) -> nn.Module:
+    """diffusers' U-Net of a config, without storage: names and shapes of its weights.
+
+    Raises:
+        ModelError: diffusers does not take the config.
+    """
+    if not _is_modest(config):
+        raise ModelError("the U-Net's config asks for more than any real network has; fetch the model again.")
+    try:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(dict(config))  # pyright: ignore[reportReturnType]
+    except Exception as error:  # the library raises many kinds
+        raise ModelError(f"diffusers cannot build a U-Net of this config: {str(error).splitlines()[0]}") from error

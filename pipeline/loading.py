@@ -5,28 +5,32 @@ architecture is not covered by our networks, the library's class takes its place
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from ..attention import AttentionBackend
 from ..errors import ModelError, UsageError
-from ..text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict
+from ..text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict, with_rows
 from ..text_encoders.conditioner import Conditioner, ConditionerConfig
 from ..text_encoders.encode import ClipPart, ClipT5Part, Encoded, T5Part, encode_clip_t5, encode_sd, encode_sdxl
 from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
-from ..text_encoders.tokenizer import load_tokenizer
+from ..text_encoders.tokenizer import load_tokenizer, with_words
 from ..unet.config import UNetConfig
 from ..unet.deltas import chain, own_files
-from ..unet.experts import ExpertText
+from ..unet.experts import ExpertEntry, ExpertText
+from ..unet.lora import adapted
 from ..unet.residency import ExpertPool, Keep, expert_pool, identities
 from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
 from ..vae.config import AutoencoderConfig
 from ..weights import load_weights, without_storage
+from .adapters import NO_ADAPTERS, Adapters, Shelf
 from .folder import ModelFolder
+from .request import Request
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEEP_BYTES = 4 * 2**30  # experts that are smaller on disk all stay in memory; of larger ones only the active and the next
@@ -62,18 +66,22 @@ class Model:
     Attributes:
         folder: what it was loaded from.
         place: where it is.
+        texts: the text encoders by expert, without adapters.
         readers: how each expert reads prompts, by its name; those that read alike have the same function.
         experts: the pool of experts; `table(timestep_at)` is the denoiser of one run.
         codec: latents to pixels and back.
         fallbacks: parts that the library's classes compute, for the picture's settings.
+        adapters: the LoRAs and embeddings that `readers` has, and that are added to the experts.
     """
 
     folder: ModelFolder
     place: Place
+    texts: Mapping[str, TextParts]
     readers: Mapping[str, Encode]
     experts: ExpertPool
     codec: LatentCodec
     fallbacks: tuple[str, ...]
+    adapters: Adapters = NO_ADAPTERS
 
 
 def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> Model:
@@ -91,7 +99,22 @@ def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto"
     place = choose_place(dtype, device, attention)
     codec, codec_fallbacks = load_codec(folder, place)
     experts, expert_fallbacks = load_experts(folder, place)
-    return Model(folder, place, load_readers(folder, place), experts, codec, (*codec_fallbacks, *expert_fallbacks))
+    texts = load_texts(folder, place)
+    return Model(folder, place, texts, readers_of(folder, texts), experts, codec, (*codec_fallbacks, *expert_fallbacks))
+
+
+def adapted_to(model: Model, shelf: Shelf, request: Request) -> Model:
+    """The model with the LoRAs and embeddings that a request names, in place of those that it has; nothing is loaded anew.
+
+    What they leave alone is shared, and the weights that the model was loaded with stay as they are.
+
+    Raises:
+        UsageError: one of their files is not on the shelf.
+    """
+    adapters = shelf.adapters(request.loras, request.embeddings)
+    if adapters is model.adapters:
+        return model
+    return replace(model, readers=readers_of(model.folder, model.texts, adapters), adapters=adapters)
 
 
 def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "auto") -> Place:
@@ -186,19 +209,78 @@ def load_conditioner(folder: ModelFolder, place: Place, name: str = "conditioner
     return load_weights(without_storage(lambda: Conditioner(config, place.attention)), folder.path / name, dtype=place.dtype, device=place.device)
 
 
-def load_readers(folder: ModelFolder, place: Place) -> dict[str, Encode]:
-    """Load all text encoders: how each expert reads prompts, by its name; those that read alike get the same function."""
+def load_texts(folder: ModelFolder, place: Place) -> dict[str, TextParts]:
+    """Load all text encoders: what each expert reads prompts with, by its name; those that read alike get the same object."""
     towers: dict[str, ClipPart] = {}
-    known: list[tuple[ExpertText | None, Encode]] = []
+    known: list[tuple[ExpertText | None, TextParts]] = []
+    texts: dict[str, TextParts] = {}
+    for entry in folder.experts:
+        parts = next((parts for text, parts in known if text == entry.text), None)
+        if parts is None:
+            parts = load_text(folder, place, entry.text, towers)
+            known.append((entry.text, parts))
+        texts[entry.name] = parts
+    return texts
+
+
+def readers_of(folder: ModelFolder, texts: Mapping[str, TextParts], adapters: Adapters = NO_ADAPTERS) -> dict[str, Encode]:
+    """How each expert reads prompts, by its name; those that read alike get the same function.
+
+    Args:
+        folder: the model.
+        texts: from `load_texts`; their weights stay as they are.
+        adapters: what to add to copies of them.
+    """
+    known: list[tuple[Any, Encode]] = []
+    made: dict[Any, Any] = {}
     readers: dict[str, Encode] = {}
     for entry in folder.experts:
-        reader = next((encode for text, encode in known if text == entry.text), None)
+        change = adapters.change(entry.name)
+        alike = (entry.text, {name: added.key for name, added in change.texts.items()}, {name: list(words) for name, words in change.words.items()})
+        reader = next((encode for key, encode in known if key == alike), None)
         if reader is None:
             zero_negative = folder.zero_negative if entry.text is None else entry.text.zero_negative
-            reader = _encoder(load_text(folder, place, entry.text, towers), zero_negative)
-            known.append((entry.text, reader))
+            reader = _encoder(_adapted_text(texts[entry.name], entry, adapters, made), zero_negative)
+            known.append((alike, reader))
         readers[entry.name] = reader
     return readers
+
+
+def _adapted_text(parts: TextParts, entry: ExpertEntry, adapters: Adapters, made: dict[Any, Any]) -> TextParts:
+    """What an expert reads prompts with, LoRAs and embeddings added; `made` holds the copies, which experts share."""
+
+    change = adapters.change(entry.name)
+
+    def component(part: str) -> str:
+        return part if entry.text is None else entry.text.parts[part]
+
+    def network(part: str, own: Any) -> Any:
+        added = change.text(component(part))
+        if not added.pairs:
+            return own
+        key = (component(part), added.key)
+        if key not in made:
+            made[key] = adapted(own, added.pairs)
+        return made[key]
+
+    def clip(part: str, own: ClipPart) -> ClipPart:
+        words = change.words.get(component(part), {})
+        if not words:
+            return replace(own, model=network(part, own.model))
+        key = (component(part), change.text(component(part)).key, tuple(words))
+        if key not in made:
+            tokenizer, ids = with_words(own.tokenizer, {word: len(vectors) for word, vectors in words.items()})
+            rows = {row: vector for word, vectors in words.items() for row, vector in zip(ids[word], vectors, strict=True)}
+            made[key] = ClipPart(tokenizer, with_rows(network(part, own.model), rows))
+        return made[key]
+
+    if isinstance(parts, ClipPart):
+        return clip("text_encoder", parts)
+    if isinstance(parts, ClipT5Part):
+        t5, conditioner = replace(parts.t5, model=network("text_encoder_2", parts.t5.model)), network("conditioner", parts.conditioner)
+        return ClipT5Part(clip("text_encoder", parts.clip), t5, conditioner)
+    first, second = parts
+    return None if first is None else clip("text_encoder", first), clip("text_encoder_2", second)
 
 
 def _encoder(parts: TextParts, zero_negative: bool) -> Encode:

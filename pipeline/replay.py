@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, UsageError
+from .adapters import LoraUse
+from .embeddings import EmbeddingUse
 from .folder import ModelFolder
 from .hub import HubName, cached, hub_name, is_commit
 from .loading import Model
@@ -67,12 +69,15 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
         if copied["schedule"] == "custom":
             del copied["schedule"]  # the sigmas say it
         interval = settings["guidance_interval"]
+        loras = [LoraUse.stored(lora) for lora in settings.get("loras", [])]
         request = resolve(
             folder,
             settings["prompt"],
             settings["batch"],
             guidance=None if settings["expert_guidance"] else settings["guidance"],
             guidance_interval=None if interval is None else (interval[0], interval[1]),
+            loras=loras,
+            embeddings=[EmbeddingUse.stored(one) for one in settings.get("embeddings", [])],
             **copied,
         )
         index = request.seeds.index(settings["seed"])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from ..errors import UsageError
 from ..schedulers.registry import SAMPLERS, sampler_info
 from ..schedulers.schedules import SPACINGS, make_schedule
+from .adapters import LoraUse
+from .embeddings import EmbeddingUse
 from .folder import ModelFolder
 from .limits import RANGES, checked_text
 
@@ -36,6 +38,8 @@ class Request:
         apg: adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416) with the paper's weights.
         dynamic_threshold: percentile in (0, 1] of |x0| that each prediction is clamped to and divided by (Saharia et al. 2022), or None.
         strict: refuse words that do not fit the text encoders, instead of naming them.
+        loras: LoRAs that are added to the weights.
+        embeddings: embeddings whose words stand in the prompt or the negative prompt.
     """
 
     prompt: str
@@ -55,6 +59,8 @@ class Request:
     apg: bool
     dynamic_threshold: float | None
     strict: bool
+    loras: tuple[LoraUse, ...]
+    embeddings: tuple[EmbeddingUse, ...]
 
 
 def resolve(
@@ -76,6 +82,8 @@ def resolve(
     apg: bool = False,
     dynamic_threshold: float | None = None,
     strict: bool = False,
+    loras: Iterable[LoraUse] = (),
+    embeddings: Iterable[EmbeddingUse] = (),
 ) -> Request:
     """Fill in the model's defaults and check every value; the arguments are the fields of `Request`, None is the model's default.
 
@@ -109,6 +117,8 @@ def resolve(
         apg=apg,
         dynamic_threshold=dynamic_threshold,
         strict=strict,
+        loras=tuple(loras),
+        embeddings=tuple(one for one in embeddings if one.named_in(prompt, negative)),
     )
     _check(folder, request)
     return request

@@ -79,6 +79,9 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
         UsageError: words that do not fit the text encoders, in a strict request.
         RenderError: a picture whose values are not finite; raised after the others of the batch were yielded.
     """
+    if (request.loras, request.embeddings) != (model.adapters.loras, model.adapters.embeddings):
+        raise ValueError("The request names other LoRAs or embeddings than the model was loaded with.")
+
     # Encode: the prompt becomes tokens and a pooled vector; experts of different makes, as SDXL's base and refiner, read it each in its own way.
     told = _encode(model, request)
     truncated = words_lost({name: words for one in told.values() for name, words in one.overflow.items()}, request.strict)
@@ -96,7 +99,7 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
     options = {} if request.eta is None else {"eta": request.eta}
 
     # Denoise: from expert to expert, the sampler asks the one whose noise levels these are, guided by what it is told.
-    experts, guidance = model.experts.table(schedule.timestep_at), guidance_policy(folder, request)
+    experts, guidance = model.experts.table(schedule.timestep_at, added=model.adapters.unets), guidance_policy(folder, request)
     latents, used = noise * schedule.initial_scale, list[tuple[str, float, float]]()
     for first, end in stages(schedule.sigmas, experts.borders):
         said = told[experts.expert_for(float(schedule.sigmas[first])).name]

@@ -3,9 +3,10 @@
 Takes the text encoders of SD 1.x (CLIP ViT-L/14), SD 2.x (OpenCLIP ViT-H) and SDXL (ViT-L and OpenCLIP bigG) as they are on disk.
 """
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +216,29 @@ def _causal_pad_bias(mask: Tensor | None) -> Tensor | None:
     tokens = mask.shape[1]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
     return causal & mask[:, None, None, :]
+
+
+def with_rows(model: CLIPText, rows: Mapping[int, Tensor]) -> CLIPText:
+    """A copy of a tower whose table of tokens has more rows; all other weights are shared with the original, which stays as it is.
+
+    A legacy config pools at the largest id, which is the end token's only as long as there are no new ones, so the copy names the end token.
+
+    Args:
+        model: the tower.
+        rows: new id, not below the vocabulary's size -> (width,).
+    """
+    table = model.text_model.embeddings.token_embedding.weight
+    longer = torch.zeros(max(rows) + 1, table.shape[1], dtype=table.dtype, device=table.device)
+    longer[: len(table)] = table
+    for row, vector in rows.items():
+        longer[row] = vector.to(longer)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo[id(table)] = nn.Parameter(longer, requires_grad=False)
+    extended = copy.deepcopy(model, memo)
+    config = model.config
+    end = config.vocab_size - 1 if config.eos_token_id == _LEGACY_EOS else config.eos_token_id
+    extended.config = replace(config, vocab_size=len(longer), eos_token_id=end)
+    return extended
 
 
 def clip_state_dict(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

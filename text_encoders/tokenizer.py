@@ -4,8 +4,9 @@ A tokenizer folder holds `tokenizer.json`, or `vocab.json` and `merges.txt` (CLI
 (T5: unigram, Kudo 2018); they become the same `tokenizers` pipeline, the one that transformers' CLIPTokenizer and T5Tokenizer build.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Encoding, Regex, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from ..errors import DataError, ModelError
+from ..errors import DataError, ModelError, UsageError
 from ..weights import read_json
 from .sentencepiece_file import read_sentencepiece
 
@@ -50,6 +51,7 @@ class Tokenizer:
         prefix: ids before the words: (bos,) for CLIP, () for T5.
         suffix: ids after the words: (eos,).
         pad_id: the id of the rest: CLIP-L's is eos, OpenCLIP's 0, T5's 0.
+        spelled: new words (in lower case) that stand for several tokens -> these tokens, with spaces between.
     """
 
     backend: Backend
@@ -57,6 +59,7 @@ class Tokenizer:
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     pad_id: int
+    spelled: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Turn prompts into ids, each padded or cut to `length`.
@@ -65,6 +68,7 @@ class Tokenizer:
             DataError: a prompt that is not valid Unicode.
         """
         room = self.length - len(self.prefix) - len(self.suffix)
+        texts = [self._spelled(text) for text in texts]
         encodings = [self._split(text) for text in texts]
         rows = [[*self.prefix, *encoding.ids[:room], *self.suffix] for encoding in encodings]
         ids = torch.tensor([row + [self.pad_id] * (self.length - len(row)) for row in rows], dtype=torch.int64).reshape(-1, self.length)
@@ -74,6 +78,11 @@ class Tokenizer:
             mask=torch.arange(self.length) < counts[:, None],
             overflow=[_beyond(text, encoding, room) for text, encoding in zip(texts, encodings, strict=True)],
         )
+
+    def _spelled(self, text: str) -> str:
+        for word, tokens in self.spelled.items():
+            text = re.sub(word_pattern(word), tokens.replace("\\", r"\\"), text, flags=re.IGNORECASE)
+        return text
 
     def _split(self, text: str) -> Encoding:
         try:
@@ -91,6 +100,35 @@ def _beyond(text: str, encoding: Encoding, room: int) -> str:
     while first > 0 and encoding.word_ids[first] is not None and encoding.word_ids[first - 1] == encoding.word_ids[first]:
         first -= 1
     return text[encoding.offsets[first][0] :].strip()
+
+
+def word_pattern(word: str) -> str:
+    """A regular expression for a new word in a prompt: a word of letters stands alone, a word in brackets may stand anywhere."""
+    return (r"(?<!\w)" if word[0].isalnum() else "") + re.escape(word) + (r"(?!\w)" if word[-1].isalnum() else "")
+
+
+def with_words(tokenizer: Tokenizer, counts: Mapping[str, int]) -> tuple[Tokenizer, dict[str, list[int]]]:
+    """A copy of a tokenizer that knows new words; each is as many tokens as its count says, `word`, `word_1` and so on, as in diffusers.
+
+    Returns:
+        The copy, and the new ids of each word.
+
+    Raises:
+        UsageError: the tokenizer knows one of the words already.
+    """
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    ids: dict[str, list[int]] = {}
+    spelled: dict[str, str] = {}
+    for word, count in counts.items():
+        tokens = [word, *(f"{word}_{i}" for i in range(1, count))]
+        known = next((token for token in tokens if backend.token_to_id(token) is not None or backend.token_to_id(token.lower()) is not None), None)
+        if known is not None:
+            raise UsageError(f"the tokenizer knows the word {known!r:.100} already; give the embedding another with --embedding FILE=WORD.")
+        backend.add_tokens([AddedToken(token, single_word=token[0].isalnum() and token[-1].isalnum(), normalized=True) for token in tokens])
+        ids[word] = [number for token in tokens if (number := backend.token_to_id(token)) is not None]
+        if count > 1:
+            spelled[word] = " ".join(tokens)
+    return replace(tokenizer, backend=backend, spelled={**tokenizer.spelled, **spelled}), ids
 
 
 def load_tokenizer(folder: Path, length: int | None = None) -> Tokenizer:

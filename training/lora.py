@@ -1,7 +1,6 @@
 """LoRA by peft: adapters put into networks, and written as files that diffusers and kohya's programs read."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..text_encoders.clip import CLIPText
 from ..text_encoders.t5 import T5Encoder
+from ..unet.ldm_names import ldm_names
 from ..unet.lora import METADATA
 from ..unet.unet import UNet
 
@@ -29,7 +29,6 @@ _KOHYA_TEXT = {
     "sdxl-refiner": {"text_encoder_2": "lora_te2"},
     "clip-t5": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"},
 }
-_BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.|mid_block\.attentions\.0\.")
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (down, up): what is added to its weight is alpha/rank · up · down."""
@@ -106,26 +105,11 @@ def write_kohya(path: Path, pairs: Mapping[str, Pairs], alpha: float, family: st
     tensors: dict[str, Tensor] = {}
     for component, own in pairs.items():
         prefix = "lora_unet" if component == "unet" else _KOHYA_TEXT[family][component]
+        original = ldm_names(own, layers_per_block) if component == "unet" and family.startswith("sdxl") else {}
+        renamed = {module: name for name, module in original.items()}
         for module, (down, up) in own.items():
-            named = ldm_name(module, layers_per_block) if component == "unet" and family.startswith("sdxl") else module
-            name = f"{prefix}_{named.replace('.', '_')}"
+            name = f"{prefix}_{renamed.get(module, module).replace('.', '_')}"
             tensors[f"{name}.lora_down.weight"] = down.detach().cpu().contiguous()
             tensors[f"{name}.lora_up.weight"] = up.detach().cpu().contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def ldm_name(module: str, layers_per_block: int) -> str:
-    """The name of a module inside a transformer of the U-Net as the original implementation (Rombach et al. 2022) has it.
-
-    There every residual block, with the transformer (number 1) after it, is an entry of one list, and so is every change of resolution on the way
-    down; entry 0 is `conv_in`. On the way up each level has one residual block more, and the change of resolution lies in the last of them.
-    """
-    match = _BLOCK.match(module)
-    if match is None:
-        raise ValueError(f"{module} is not inside a transformer of the U-Net")
-    rest = module[match.end() :]
-    if match[1] is None:
-        return f"middle_block.1.{rest}"
-    entry = int(match[2]) * (layers_per_block + 1) + int(match[3])
-    return f"input_blocks.{entry + 1}.1.{rest}" if match[1] == "down_blocks" else f"output_blocks.{entry}.1.{rest}"

@@ -1,7 +1,7 @@
 """From a U-Net to a `Denoiser`: scale the input, call the network, turn what it predicts into clean latents."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -81,6 +81,10 @@ class UNetDenoiser:
         else:
             x0 = output
         return x0.to(x.dtype)
+
+    def with_unet(self, unet: UNet) -> "UNetDenoiser":
+        """The same with other weights; it remembers no prompts yet."""
+        return replace(self, unet=unet, _prompts=_no_prompts())
 
     def _prompt(self, conditioning: Conditioning) -> _Prompt:
         known = self._prompts.get(conditioning)

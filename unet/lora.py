@@ -1,15 +1,16 @@
 """Low-rank weights (LoRA: Hu et al. 2021, arXiv 2106.09685), read from a file in diffusers' layout and added to the weights of a U-Net."""
 
+import copy
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..weights import read_safetensors
@@ -33,6 +34,51 @@ class LowRank:
     down: Tensor
     up: Tensor
     scale: float
+
+
+Pairs = Mapping[str, Sequence[LowRank]]
+"""Module name -> what is added to its weight, one after the other."""
+
+N = TypeVar("N", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class Added:
+    """What LoRAs add to one network.
+
+    Attributes:
+        key: equal where the pairs are equal.
+        pairs: nothing where no LoRA concerns the network.
+    """
+
+    key: Hashable
+    pairs: Pairs
+
+
+NOTHING = Added((), {})
+
+
+def with_pairs(weight: Tensor, pairs: Sequence[LowRank]) -> Tensor:
+    """A weight with pairs added, in float32, so that a small change of half-precision weights is not rounded away on the way."""
+    changed = weight.float()
+    for pair in pairs:
+        up, down = (part.to(weight.device).float().flatten(1) for part in (pair.up, pair.down))
+        changed = changed + pair.scale * (up @ down).view(weight.shape)
+    return changed
+
+
+def adapted(network: N, pairs: Pairs) -> N:
+    """A copy of a network with pairs added to its weights. What they leave alone is shared with the original, which stays bit for bit what it is.
+
+    Args:
+        network: any, with `{module}.weight` for every module that the pairs name, of their shape.
+        pairs: what to add.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    for module, own in pairs.items():
+        weight = network.get_parameter(f"{module}.weight")
+        memo[id(weight)] = nn.Parameter(with_pairs(weight, own).to(weight), requires_grad=False)
+    return copy.deepcopy(network, memo)
 
 
 def read_lora(path: Path) -> dict[str, LowRank]:
@@ -90,7 +136,7 @@ def with_lora(state: Mapping[str, Tensor], pairs: Mapping[str, LowRank], path: P
                 f"{path} changes {module} by up {tuple(pair.up.shape)} · down {tuple(pair.down.shape)}, but its weight is {tuple(weight.shape)}; "
                 f"it was trained for another model."
             )
-        changed[name] = weight + pair.scale * (pair.up.float().flatten(1) @ pair.down.float().flatten(1)).view(weight.shape)
+        changed[name] = with_pairs(weight, [pair])
     return changed
 
 

@@ -6,7 +6,7 @@ their own, while the expert before them still computes.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
@@ -24,6 +24,7 @@ from .deltas import Bases, chain, check_hashes, origin, read_expert
 from .denoiser import UNetDenoiser
 from .experts import Expert, ExpertEntry, ExpertTable
 from .layers import Recorder
+from .lora import NOTHING, Added, adapted
 from .unet import UNet
 
 Keep = Literal["all", "active"]
@@ -54,6 +55,7 @@ class ExpertPool:
         self._loaders = dict(loaders)
         self.loads: Counter[str] = Counter()  # how often each was loaded
         self._held: dict[str, Future[UNetDenoiser]] = {}
+        self._adapted: dict[str, tuple[UNetDenoiser, Hashable, UNetDenoiser]] = {}  # the expert, what was added, the result
         self._active: str | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert")
 
@@ -77,25 +79,51 @@ class ExpertPool:
             self._held.pop(name, None)
             raise
 
+    def get_adapted(self, name: str, added: Added) -> UNetDenoiser:
+        """Give an expert with LoRAs added: what they change is computed from its own weights, which stay as they are, and kept until others come.
+
+        Raises:
+            ModelError, UnsafeError: as `get`.
+        """
+        own = self.get(name)
+        if not added.pairs:
+            return own
+        known = self._adapted.get(name)
+        if known is None or known[0] is not own or known[1] != added.key:
+            self._adapted.pop(name, None)
+            known = self._adapted[name] = (own, added.key, own.with_unet(adapted(own.unet, added.pairs)))
+        return known[2]
+
     def prefetch(self, name: str) -> None:
         """Begin to load an expert in the background, unless it is there or on its way. An error shows when the expert is asked for."""
         self._release_all_but(name, self._active)
         self._begin(name)
 
-    def table(self, to_timestep: Callable[[Tensor], Tensor], recorder: Recorder | None = None, *, ahead: bool = True) -> ExpertTable:
+    def table(
+        self,
+        to_timestep: Callable[[Tensor], Tensor],
+        recorder: Recorder | None = None,
+        *,
+        ahead: bool = True,
+        added: Mapping[str, Added] | None = None,
+    ) -> ExpertTable:
         """The experts as the `Denoiser` of one run.
 
         Args:
             to_timestep: what the networks are told at a sigma, see `UNetDenoiser`.
             recorder: see `UNetDenoiser`.
             ahead: prefetch the next expert when a run comes near its border; else it is the caller's to call `prefetch`.
+            added: expert -> what LoRAs add to it; None for nothing.
         """
+        changes = {} if added is None else added
 
         def load(name: str) -> UNetDenoiser:
-            return replace(self.get(name), to_timestep=to_timestep, recorder=recorder)
+            return replace(self.get_adapted(name, changes.get(name, NOTHING)), to_timestep=to_timestep, recorder=recorder)
 
         def expert(entry: ExpertEntry) -> Expert:
             name, identity = entry.name, self._identities.get(entry.name)
+            if identity is not None:
+                identity = (identity, changes.get(name, NOTHING).key)
             prefetch = partial(self.prefetch, name) if ahead else _nothing
             return Expert(name, entry.sigma_min, entry.sigma_max, partial(load, name), entry.guidance, prefetch, identity)
 
@@ -110,6 +138,7 @@ class ExpertPool:
     def _release_all_but(self, *names: str | None) -> None:
         for other in [held for held in self._held if held not in names and self.keep == "active"]:
             self._held.pop(other).cancel()
+            self._adapted.pop(other, None)
 
 
 def _nothing() -> None:

@@ -102,7 +102,7 @@ def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return loaded
 
-    for name in ("load_readers", "load_experts", "load_codec"):
+    for name in ("load_texts", "load_experts", "load_codec"):
         monkeypatch.setattr(studio, name, once(getattr(studio, name)))
 
 

@@ -418,6 +418,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters
 def _values_of(option: Option) -> st.SearchStrategy[Any]:
     if option.name == "name":
         return st.lists(st.sampled_from(["{prompt}", "{seed}", "{number}", "a", "b c", "-1"]), min_size=1).map(lambda parts: "x" + "".join(parts))
+    if option.name == "lora":
+        return st.lists(st.sampled_from(["style.safetensors", "a b.safetensors:-0.8", "x@high", "C:\\y:1@low"]), min_size=1, max_size=3).map(tuple)
     if option.kind == "text":
         return TEXT
     if option.kind == "flag":
@@ -451,7 +453,7 @@ LINES = st.lists(
 
 def _as_text(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(repr, value))
+        return ",".join(part if isinstance(part, str) else repr(part) for part in value)
     return value if isinstance(value, str) else repr(value)
 
 

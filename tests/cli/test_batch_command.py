@@ -228,7 +228,7 @@ def test_one_lost_picture_is_told_and_tried_again(batch: Batch, tmp_path: Path, 
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("part", ["load_readers", "load_experts", "load_codec"])
+@pytest.mark.parametrize("part", ["load_texts", "load_experts", "load_codec"])
 def test_a_part_that_does_not_fit_is_one_sentence(
     batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
 ):

@@ -22,10 +22,10 @@ from tu_diffuse.training.encoded import open_source
 from tu_diffuse.training.finetune import finetune, make_plan
 from tu_diffuse.training.intervals import sigma_of
 from tu_diffuse.training.loop import InterruptedRunError
-from tu_diffuse.training.lora import ldm_name
 from tu_diffuse.training.objective import Draw
 from tu_diffuse.training.result import LORA_FILE
 from tu_diffuse.training.subject import read_as
+from tu_diffuse.unet.ldm_names import ldm_names
 from world import STAGES
 
 from shards import write_shard
@@ -101,11 +101,11 @@ def test_lora_files_load_in_diffusers_and_equal_the_merged_model(
 def test_kohya_names_are_those_of_the_original_network(sdxl_folder: Path, index: ShardIndex, tmp_path: Path) -> None:
     """SDXL's transformers lie at entries 4, 5, 7 and 8 of the way down and 0 to 5 of the way up (Podell et al. 2023; sgm's configuration)."""
     attention = "transformer_blocks.0.attn1.to_q"
-    down = [ldm_name(f"down_blocks.{level}.attentions.{i}.{attention}", 2) for level in (1, 2) for i in range(2)]
-    up = [ldm_name(f"up_blocks.{level}.attentions.{i}.{attention}", 2) for level in (0, 1) for i in range(3)]
-    assert down == [f"input_blocks.{entry}.1.{attention}" for entry in (4, 5, 7, 8)]
-    assert up == [f"output_blocks.{entry}.1.{attention}" for entry in range(6)]
-    assert ldm_name(f"mid_block.attentions.0.{attention}", 2) == f"middle_block.1.{attention}"
+    down = [f"down_blocks.{level}.attentions.{i}.{attention}" for level in (1, 2) for i in range(2)]
+    up = [f"up_blocks.{level}.attentions.{i}.{attention}" for level in (0, 1) for i in range(3)]
+    originals = [*(f"input_blocks.{entry}" for entry in (4, 5, 7, 8)), *(f"output_blocks.{entry}" for entry in range(6)), "middle_block"]
+    modules = [*down, *up, f"mid_block.attentions.0.{attention}"]
+    assert ldm_names(modules, 2) == {f"{entry}.1.{attention}": module for entry, module in zip(originals, modules, strict=True)}
     run(sdxl_folder, index, tmp_path, steps=1, lora=2, format="kohya", train="unet,text-encoders")
     names = set(load_file(tmp_path / LORA_FILE))
     assert "lora_te2_text_model_encoder_layers_1_self_attn_out_proj.alpha" in names
