@@ -193,7 +193,7 @@ class Shelf:
             came = [vectors.shape[1] for vectors in file.vectors.values()]
             raise ModelError(f"{file.name} has vectors of width {_listed(came)}, the text encoders of {self.folder.name!r} take {_listed(widths)}.")
         most = max(len(vectors) for vectors in fits.values())
-        return EmbeddingUse(file.name, file.sha256, checked_token(file.token if token is None else token), tuple(fits), most)
+        return EmbeddingUse(file.name, file.sha256, checked_token(file.token if token is None else token), tuple(sorted(fits)), most)
 
     def _words(self, file: EmbeddingFile, entry: ExpertEntry) -> dict[str, Tensor]:
         return fit_embedding(file, clip_towers(self.folder, entry))
