@@ -17,11 +17,13 @@ from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, M
 if TYPE_CHECKING:
     from ..batch.drafts import Stepped
     from ..batch.estimate import Expected
+    from ..batch.items import Item
     from ..batch.journal import Entry
     from ..batch.lines import Problem
     from ..batch.plan import Plan
     from ..batch.prompt_file import Kind, PromptFile
     from ..batch.run import Summary
+    from ..pipeline.embeddings import EmbeddingUse
 
 LAYOUTS = ("flat", "geneval")
 MOST_CANDIDATES = 64
@@ -186,6 +188,7 @@ def batch(
         best_of=1 if best_of is None else best_of,
         name_of=geneval.name_of if layout == "geneval" else None,
     )
+    _refuse_unused([shelf.embedding(text) for text in given.get("embedding", ())], items)
     reporter = _Reporter(as_json, out)
     for said in shelf.partial:
         reporter.note(said)
@@ -229,6 +232,12 @@ def batch(
         write_sheet(folder, plan, out)  # not after an interruption: it reads every picture
     if summary.failed or summary.blocked:
         raise typer.Exit(1)
+
+
+def _refuse_unused(embeddings: "list[EmbeddingUse]", items: "list[Item]") -> None:
+    """Refuse an embedding of the command line whose word stands in no line."""
+    for unused in (one for one in embeddings if items and not any(one in item.request.embeddings for item in items)):
+        raise UsageError(f"the word {unused.token!r} of --embedding {unused.name} stands in no line; write it where it belongs, or leave it out.")
 
 
 def _read(path: Path, kind: str | None, carry: Collection[str] = ()) -> "PromptFile":

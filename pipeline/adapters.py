@@ -363,7 +363,7 @@ class Network:
 def networks_of(folder: ModelFolder, entry: ExpertEntry) -> list[Network]:
     """The networks that an expert uses: its U-Net, and what it reads prompts with."""
     unet = _shapes(_unet(folder, entry.subfolder))
-    original = ldm_names(unet, int(folder.configs[entry.subfolder].get("layers_per_block", 2)))
+    original = ldm_names(unet, folder.configs[entry.subfolder].get("layers_per_block", 2))
     networks = [Network(_UNET, _UNET, unet, _with_flat({name: name for name in unet} | original))]
     family = folder.family if entry.text is None else entry.text.family
     for part in TEXT_PARTS[family]:

@@ -123,9 +123,17 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings['width']}x{settings['height']}",
         "Model hash": model["hash"][:10],
         "Model": model["name"],
+        "Lora hashes": _hashes(settings, "loras", "name"),
+        "TI hashes": _hashes(settings, "embeddings", "token"),
         "Version": settings["software"],
     }
     lines = [settings["prompt"]]
     if settings["negative"]:
         lines.append(f"Negative prompt: {settings['negative']}")
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in pairs.items())])
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None)])
+
+
+def _hashes(settings: Mapping[str, Any], key: str, name: str) -> str | None:
+    """What was added to the model, in the quotes that the field puts around a value with commas; None when nothing was."""
+    added = settings.get(key)
+    return json.dumps(", ".join(f"{one[name]}: {one['hash'][:10]}" for one in added), ensure_ascii=False) if added else None

@@ -1,7 +1,7 @@
 """LoRA by peft: adapters put into networks, and written as files that diffusers and kohya's programs read."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -89,7 +89,7 @@ def write_diffusers(path: Path, pairs: Mapping[str, Pairs], rank: int, alpha: fl
     save_file(tensors, path, metadata={"format": "pt", METADATA: json.dumps(settings, sort_keys=True)})
 
 
-def write_kohya(path: Path, pairs: Mapping[str, Pairs], alpha: float, family: str, layers_per_block: int) -> None:
+def write_kohya(path: Path, pairs: Mapping[str, Pairs], alpha: float, family: str, layers_per_block: int | Sequence[int]) -> None:
     """Write the layout of kohya's programs: `<name>.lora_down.weight`, `.lora_up.weight` and `.alpha`, dots of a module's name turned to underscores.
 
     The name begins with `lora_unet_`, or for text encoders `lora_te_` (SD), `lora_te1_` and `lora_te2_` (SDXL) or `lora_te3_` (T5). SDXL's U-Net has

@@ -69,8 +69,8 @@ def _lora_files(folder: ModelFolder, pairs: Mapping[str, Pairs]) -> dict[str, di
     return {f"{rest}-{LORA_FILE}": dict([content[name]]) for name, (_, rest) in named.items()}
 
 
-def _shape(folder: ModelFolder, expert: str | None) -> tuple[str, int]:
+def _shape(folder: ModelFolder, expert: str | None) -> tuple[str, int | list[int]]:
     """Family and layers a block of what was trained, which decide kohya's names."""
     entry = next(entry for entry in folder.experts if expert in (None, entry.name))
     family = folder.family if entry.text is None else entry.text.family
-    return family, int(folder.configs[entry.subfolder].get("layers_per_block", 2))
+    return family, folder.configs[entry.subfolder].get("layers_per_block", 2)

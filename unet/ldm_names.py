@@ -1,7 +1,7 @@
 """Names of the U-Net's modules in the original latent diffusion (Rombach et al. 2022), which SDXL's files keep (also called SGM)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _BLOCK = re.compile(r"(?P<way>down|up)_blocks\.(?P<level>\d+)\.(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<number>\d+)\.(?P<rest>.+)")
 _MIDDLE = re.compile(r"mid_block\.(?P<kind>resnets|attentions)\.(?P<number>\d+)\.(?P<rest>.+)")
@@ -24,7 +24,7 @@ _OUTSIDE = {
 }
 
 
-def ldm_names(modules: Iterable[str], layers_per_block: int) -> dict[str, str]:
+def ldm_names(modules: Iterable[str], layers_per_block: int | Sequence[int]) -> dict[str, str]:
     """Original name -> diffusers' name, for the modules that have one.
 
     In the original every residual block, with the transformer (number 1) after it, is an entry of one list, and so is every change of resolution on
@@ -33,7 +33,7 @@ def ldm_names(modules: Iterable[str], layers_per_block: int) -> dict[str, str]:
 
     Args:
         modules: diffusers' names of all modules with weights.
-        layers_per_block: of the U-Net.
+        layers_per_block: of the U-Net, one number for all levels or one for each on the way down.
     """
     every = list(modules)
     attending = {match["level"] for name in every if (match := _BLOCK.fullmatch(name)) and (match["way"], match["kind"]) == ("up", "attentions")}
@@ -41,7 +41,7 @@ def ldm_names(modules: Iterable[str], layers_per_block: int) -> dict[str, str]:
     return {original: name for name, original in named.items() if original is not None}
 
 
-def _name(module: str, layers_per_block: int, attending: set[str]) -> str | None:
+def _name(module: str, layers_per_block: int | Sequence[int], attending: set[str]) -> str | None:
     middle = _MIDDLE.fullmatch(module)
     if middle is not None:
         entry = 1 if middle["kind"] == "attentions" else 2 * int(middle["number"])
@@ -50,15 +50,17 @@ def _name(module: str, layers_per_block: int, attending: set[str]) -> str | None
     if block is None:
         return _OUTSIDE.get(module)
     kind, rest = block["kind"], _inner(block["kind"], block["rest"])
-    first = int(block["level"]) * (layers_per_block + 1)
+    level, down = int(block["level"]), block["way"] == "down"
+    layers = [layers_per_block] * (level + 1) if isinstance(layers_per_block, int) else list(layers_per_block if down else reversed(layers_per_block))
+    first = sum(layers[:level]) + level  # each level has an entry more than layers: a change of resolution, or a residual block
     match kind:
         case "downsamplers":
-            return f"input_blocks.{first + layers_per_block + 1}.0.op"
+            return f"input_blocks.{first + layers[level] + 1}.0.op"
         case "upsamplers":
-            return f"output_blocks.{first + layers_per_block}.{2 if block['level'] in attending else 1}.{rest}"
+            return f"output_blocks.{first + layers[level]}.{2 if block['level'] in attending else 1}.{rest}"
         case _:
-            entry = first + int(block["number"]) + (block["way"] == "down")
-            return f"{'input' if block['way'] == 'down' else 'output'}_blocks.{entry}.{int(kind == 'attentions')}.{rest}"
+            entry = first + int(block["number"]) + down
+            return f"{'input' if down else 'output'}_blocks.{entry}.{int(kind == 'attentions')}.{rest}"
 
 
 def _inner(kind: str, rest: str) -> str:

@@ -103,6 +103,14 @@ def test_an_sdxl_file_of_kohya_makes_the_weights_of_diffusers(sdxl_folder: Path,
     assert_equal_weights(baked(sdxl_folder, f"{path}:0.7"), fused(sdxl_folder, {path: 0.7}), sdxl_folder)
 
 
+def test_levels_may_have_layers_of_their_own():
+    modules = [f"{way}_blocks.{level}.resnets.0.conv1" for way in ("down", "up") for level in range(3)]
+    assert list(ldm_names(modules, [1, 3, 2])) == [f"{name}.0.in_layers.2" for name in ("input_blocks.1", "input_blocks.3", "input_blocks.7")] + [
+        f"{name}.0.in_layers.2" for name in ("output_blocks.0", "output_blocks.3", "output_blocks.7")
+    ]
+    assert ldm_names(modules, [2, 2, 2]) == ldm_names(modules, 2)
+
+
 def test_a_change_of_resolution_on_the_way_up_comes_after_the_transformer_if_there_is_one():
     """SDXL has its two at output_blocks.2.2 and 5.2, SD at 2.1, 5.2 and 8.2 (their published configurations)."""
     convs = [f"up_blocks.{level}.upsamplers.0.conv" for level in range(3)]
@@ -116,28 +124,25 @@ def test_a_change_of_resolution_on_the_way_up_comes_after_the_transformer_if_the
     }
 
 
-PEFT: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "patterns": {"alpha_pattern": {"attn2.to_q": 1.5, "to_k": 9}, "rank_pattern": {"attn1.to_v": 2}},
-}
+PEFT: list[tuple[str, list[str], dict[str, Any]]] = [
+    ("unet", LINEAR, {"alpha_pattern": {"attn2.to_q": 1.5, "to_k": 9}, "rank_pattern": {"attn1.to_v": 2}}),
+    ("unet", LINEAR, {"use_rslora": True}),
+    ("text_encoder", TEXT, {}),
+]
 
 
-@pytest.mark.parametrize("settings", PEFT.values(), ids=list(PEFT))
-def test_a_folder_of_peft_makes_the_weights_of_peft(sd1_folder: Path, tmp_path: Path, settings: dict[str, Any]):
-    """Of the U-Net and of the text encoder, whose keys do not say which of the two they are for."""
-    for part, targets in (("unet", LINEAR), ("text_encoder", TEXT)):
-        network = getattr(pipeline_of(sd1_folder), part)
-        before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        folder = write_peft(tmp_path / part, network, targets, **settings)
-        wanted = PeftModel.from_pretrained(getattr(pipeline_of(sd1_folder), part), folder).merge_and_unload().state_dict()
-        got = baked(sd1_folder, str(folder))
-        changed = [name for name in wanted if not torch.equal(wanted[name], before[name])]
-        assert len(changed) > 4
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(got[part][name], tensor, atol=1e-5, rtol=1e-5)
-        other = "text_encoder" if part == "unet" else "unet"
-        assert all(torch.equal(tensor, getattr(pipeline_of(sd1_folder), other).state_dict()[name]) for name, tensor in got[other].items())
+@pytest.mark.parametrize(("part", "targets", "settings"), PEFT, ids=["patterns", "rslora", "text encoder"])
+def test_a_folder_of_peft_makes_the_weights_of_peft(sd1_folder: Path, tmp_path: Path, part: str, targets: list[str], settings: dict[str, Any]):
+    """Its keys do not say which network they are for."""
+    plain = {name: getattr(pipeline_of(sd1_folder), name).state_dict() for name in ("unet", "text_encoder")}
+    folder = write_peft(tmp_path / part, getattr(pipeline_of(sd1_folder), part), targets, **settings)
+    wanted = PeftModel.from_pretrained(getattr(pipeline_of(sd1_folder), part), folder).merge_and_unload().state_dict()
+    got = baked(sd1_folder, str(folder))
+    assert sum(not torch.equal(tensor, plain[part][name]) for name, tensor in wanted.items()) > 4
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(got[part][name], tensor, atol=1e-5, rtol=1e-5)
+    other = "text_encoder" if part == "unet" else "unet"
+    assert all(torch.equal(tensor, plain[other][name]) for name, tensor in got[other].items())
 
 
 def test_the_attention_processors_of_2023_are_read(sd1_folder: Path, tmp_path: Path):
@@ -218,7 +223,6 @@ def test_a_bad_file_is_one_sentence(sd1_folder: Path, tmp_path: Path, tensors: d
     with pytest.raises(ModelError, match=said) as raised:
         Shelf(open_folder(sd1_folder)).lora(str(tmp_path / "bad.safetensors"))
     assert "\n" not in str(raised.value)
-    assert str(tmp_path) not in str(raised.value) or "header" in said
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.adapters import Shelf, baked_text
+from tu_diffuse.pipeline.adapters import Shelf, baked_text, networks_of
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, adapted_to, load_model
 from tu_diffuse.pipeline.metadata import read_metadata
@@ -110,6 +110,15 @@ def ensemble_lora(ensemble_folder: Path, tmp_path_factory: pytest.TempPathFactor
         "lora_te3_encoder_block_0_layer_0_SelfAttention_q": torch.Size([16, 16]),
     }
     return write_kohya(tmp_path_factory.mktemp("loras") / "all.safetensors", names)
+
+
+def test_the_embedded_model_takes_kohyas_names(tmp_path: Path):
+    """Its levels have layers of their own."""
+    folder = open_folder(None)
+    shapes = networks_of(folder, folder.experts[0])[0].shapes
+    names = {f"lora_unet_{module.replace('.', '_')}": shapes[module] for module in ("conv_out", "up_blocks.0.resnets.0.conv1")}
+    use = Shelf(folder).lora(str(write_kohya(tmp_path / "a.safetensors", names)))
+    assert (use.matched, use.keys, use.experts) == (2, 2, ("low", "high"))
 
 
 def test_one_expert_or_all(ensemble_folder: Path, ensemble_lora: Path):

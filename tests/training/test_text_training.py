@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tu_diffuse.errors import UsageError
+from tu_diffuse.pipeline.adapters import Shelf, baked_text, baked_unet
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
@@ -25,6 +26,7 @@ from tu_diffuse.training.loop import InterruptedRunError
 from tu_diffuse.training.objective import Draw
 from tu_diffuse.training.result import LORA_FILE
 from tu_diffuse.training.subject import read_as
+from tu_diffuse.unet.deltas import read_expert
 from tu_diffuse.unet.ldm_names import ldm_names
 from world import STAGES
 
@@ -70,6 +72,24 @@ def said(pipeline: Any) -> Tensor:
         return pipeline.unet(x, torch.tensor([300]), encoded[0], **extra).sample
 
 
+def assert_baked(folder: Path, loras: list[str], trained: Path) -> None:
+    """The LoRA files, added by us to the model that was trained, make the result."""
+    model, wanted = open_folder(folder), open_folder(trained)
+    shelf = Shelf(model)
+    uses = tuple(map(shelf.lora, loras))
+    assert all(use.matched == use.keys > 0 for use in uses)
+    adapters, names = shelf.adapters(uses), [entry.name for entry in model.experts]
+    for own, other in zip(model.experts, wanted.experts, strict=True):
+        got = baked_unet(adapters, own.name, {name: stored.tensor for name, stored in read_expert(folder / own.subfolder).items()})
+        for name, stored in read_expert(trained / other.subfolder).items():
+            torch.testing.assert_close(got[name], stored.tensor, atol=1e-6, rtol=1e-5)
+    for component in ("text_encoder", "text_encoder_2", "conditioner"):
+        for path in (folder / component).glob("*.safetensors"):
+            got = baked_text(adapters, component, load_file(path), names)
+            for name, tensor in load_file(trained / component / path.name).items():
+                torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fixture", "format", "train"),
     [
@@ -96,6 +116,7 @@ def test_lora_files_load_in_diffusers_and_equal_the_merged_model(
     assert adapted == sum(name.endswith((".lora_A.weight", ".lora_down.weight")) for name in load_file(tmp_path / LORA_FILE)) > 0
     assert (said(pipeline) - said(before)).abs().max() > 1e-3
     torch.testing.assert_close(said(pipeline), said(merged), atol=2e-5, rtol=0)
+    assert_baked(folder, [str(tmp_path / LORA_FILE)], tmp_path / "model")
 
 
 def test_kohya_names_are_those_of_the_original_network(sdxl_folder: Path, index: ShardIndex, tmp_path: Path) -> None:
@@ -138,6 +159,8 @@ def test_an_ensembles_lora_is_a_file_for_each_network(ensemble_folder: Path, ind
         assert settings[f"{prefix}.r"] == 2
         assert len(ups) > 0
         assert any(bool(up.any()) for up in ups)
+    specs = [f"{tmp_path / name}-{LORA_FILE}{f'@{name}' if prefix == 'unet' else ''}" for name, prefix in names.items()]
+    assert_baked(ensemble_folder, specs, tmp_path / "model")
 
 
 def test_the_conditioner_alone(ensemble_folder: Path, index: ShardIndex, tmp_path: Path) -> None:
