@@ -8,7 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -52,7 +52,7 @@ class Job:
     plan: Plan
     out: Path
     clip: ScoreModel | None
-    files: Mapping[str, Path]
+    files: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
 
 def shares(plan: Plan, part: tuple[int, int], workers: int) -> list[Plan]:

@@ -418,7 +418,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters
 def _values_of(option: Option) -> st.SearchStrategy[Any]:
     if option.name == "name":
         return st.lists(st.sampled_from(["{prompt}", "{seed}", "{number}", "a", "b c", "-1"]), min_size=1).map(lambda parts: "x" + "".join(parts))
-    if option.name == "lora":
+    if option.name in ("lora", "embedding"):
         return st.lists(st.sampled_from(["style.safetensors", "a b.safetensors:-0.8", "x@high", "C:\\y:1@low"]), min_size=1, max_size=3).map(tuple)
     if option.kind == "text":
         return TEXT
