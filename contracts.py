@@ -20,12 +20,15 @@ class Conditioning:
         mask: (batch, tokens) bool, True where a token counts; None when all do.
         pooled: (batch, pooled_width) float; one vector a prompt, or None when the model takes none.
         size_ids: (batch, 5 or 6) float; SDXL's micro-conditioning (heights, widths, crops, score), else None.
+        shown: (batch, 1 + channels, h, w) float; what an inpainting network sees beside x: the mask, 1 where it repaints, and the latents of the
+            masked picture; None for every other network.
     """
 
     tokens: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
     size_ids: Tensor | None = None
+    shown: Tensor | None = None
 
 
 class Denoiser(Protocol):

@@ -1,6 +1,6 @@
-"""A batch on its way from prompts to pictures: begin, advance stage by stage, finish.
+"""A batch on its way from prompts to pictures: begin, open a round, advance stage by stage, finish.
 
-A `Draft` is plain data on the CPU between two stages (`schedulers.step.stages`: what one expert does of a run). So a batch can wait at a border
+A `Draft` is plain data on the CPU between two stages (`schedulers.step.stages`: what one expert does of a round). So a batch can wait at a border
 while others use the same expert, be kept on disk, and be tried again from the stage's beginning.
 """
 
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from ..errors import RenderError, UsageError
-from ..pipeline.request import Request
-from ..pipeline.seeds import draw, noise_source, streams
+from ..pipeline.editing import Start, composited, keeping, round_schedule, round_shape, showing
+from ..pipeline.editing import begin as begin_round
+from ..pipeline.inputs import unchanged
+from ..pipeline.request import Request, Round, rounds, with_pictures
+from ..pipeline.seeds import noise_source, streams
 from ..pipeline.text_to_image import applied_settings, guidance_policy, words_lost
 from ..schedulers.guidance import GuidedDenoiser, stack_conditionings
 from ..schedulers.registry import sampler_info
-from ..schedulers.schedules import SigmaSchedule, make_schedule
+from ..schedulers.schedules import SigmaSchedule
 from ..schedulers.step import stages
-from ..unet.experts import ExpertTable
-from ..vae.codec import to_uint8
+from ..vae.codec import LatentCodec, to_uint8
 from .items import Item
 from .studio import Said, Studio, on_device
 
@@ -59,21 +61,25 @@ class Draft:
 
     Attributes:
         items: its rows.
-        said: for each row, what each expert is told.
-        schedule: its noise levels.
+        said: for each row and each round, what each expert is told.
+        schedule: noise levels of its round.
+        start: where its round began.
         latents: (rows, channels, h, w) float32, in the variance-exploding scale.
         noise: states of the rows' noise streams.
-        stage: stages that are done.
+        round: number of the round that is open; -1 before the first.
+        stage: stages of the round that are done.
         used: (expert, sigma, next sigma) of the steps that are done.
         lost: rows that were given up on the way.
         fallbacks: what had to be done differently.
     """
 
     items: tuple[Item, ...]
-    said: tuple[Mapping[str, Said], ...]
+    said: tuple[tuple[Mapping[str, Said], ...], ...]
     schedule: SigmaSchedule
+    start: Start
     latents: Tensor
     noise: tuple[Tensor, ...]
+    round: int = -1
     stage: int = 0
     used: tuple[tuple[str, float, float], ...] = ()
     lost: tuple[Lost, ...] = ()
@@ -81,39 +87,50 @@ class Draft:
 
     @property
     def request(self) -> Request:
-        """What all rows have in common: all but prompts, seed and guidance scale."""
+        """What all rows have in common: all but prompts, seed, guidance scale, and the pictures that they begin with."""
         return self.items[0].request
+
+    @property
+    def parts(self) -> list[Round]:
+        """Its rounds; none when no row is left."""
+        return rounds(self.request) if self.items else []
 
     @property
     def bytes(self) -> int:
         """What it takes in memory; a text that several rows share counts once."""
-        told = {id(said): said for row in self.said for said in row.values()}.values()
+        told = {id(said): said for row in self.said for read in row for said in read.values()}.values()
         parts = [part for said in told for one in (said.prompt, said.negative) for part in (one.tokens, one.pooled) if part is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.latents, *self.noise, *parts))
 
-    def next_expert(self, experts: ExpertTable) -> str | None:
-        """The expert of its next stage; None when all are done, or no row is left."""
-        parts = stages(self.schedule.sigmas, experts.borders)
-        return None if self.stage == len(parts) or not self.items else experts.expert_for(float(self.schedule.sigmas[parts[self.stage][0]])).name
+    def next_expert(self, studio: Studio) -> str | None:
+        """The expert of its next stage; None when all of its round are done, or no row is left."""
+        if not self.items:
+            return None
+        experts = studio.table(self.schedule, self.request)
+        parts = stages(self.schedule.sigmas, experts.borders, self.parts[self.round].first)
+        return None if self.stage == len(parts) else experts.expert_for(float(self.schedule.sigmas[parts[self.stage][0]])).name
 
-    def rows(self, first: int, end: int) -> "Draft":
+    def rows(self, rows: Sequence[int]) -> "Draft":
         """Some of its rows, as a draft of their own."""
-        cut = slice(first, end)
-        return replace(self, items=self.items[cut], said=self.said[cut], latents=self.latents[cut], noise=self.noise[cut], lost=())
+        items, said, noise = (tuple(column[row] for row in rows) for column in (self.items, self.said, self.noise))
+        start, latents = self.start.rows(list(rows)), self.latents[list(rows)]
+        return replace(self, items=items, said=said, start=start, latents=latents, noise=noise, lost=())
 
 
 @torch.no_grad()
 def begin(studio: Studio, items: Sequence[Item]) -> Draft:
-    """Encode the prompts of a batch and draw its noise.
+    """Encode the prompts of a batch, for all rounds.
 
-    Items whose prompt cannot be read (words beyond the limits in a strict request, out of memory) are lost; the others are drawn without them.
+    Items whose prompt cannot be read (words beyond the limits in a strict request, out of memory), or whose pictures are gone, are lost; the others
+    are drawn without them.
     """
-    said: list[Mapping[str, Said]] = []
+    said: list[tuple[Mapping[str, Said], ...]] = []
     lost: list[Lost] = []
     rows: list[Item] = []
     for item in items:
         try:
-            read = studio.read(item.request)
+            with_pictures(item.request, unchanged)
+            read = tuple(studio.read(item.request, part) for part in rounds(item.request))
             words_lost(_overflow(read), item.request.strict)
         except UsageError as error:
             lost.append(Lost(item, str(error)))
@@ -126,12 +143,42 @@ def begin(studio: Studio, items: Sequence[Item]) -> Draft:
             continue
         said.append(read)
         rows.append(item)
-    request, folder = items[0].request, studio.folder
-    schedule = make_schedule(folder.noise, request.sampler, request.steps, spacing=request.schedule, sigmas=request.sigmas)
-    shape = (folder.channels, request.height // folder.factor, request.width // folder.factor)
-    generators = streams([item.seed for item in rows])
-    latents = draw(generators, shape) * schedule.initial_scale if rows else torch.empty(0, *shape)
-    return Draft(tuple(rows), tuple(said), schedule, latents, tuple(g.get_state() for g in generators), lost=tuple(lost))
+    request = items[0].request
+    part = rounds(request)[0]
+    nothing = torch.zeros(len(rows), *round_shape(studio.folder, part))
+    states = tuple(generator.get_state() for generator in streams([item.seed for item in rows]))
+    return Draft(tuple(rows), tuple(said), round_schedule(studio.folder, request, part), Start(nothing), nothing, states, lost=tuple(lost))
+
+
+@torch.no_grad()
+def open_round(studio: Studio, draft: Draft) -> Draft:
+    """Open the next round of a batch: draw its noise, and encode the pictures that it begins with.
+
+    Out of memory, or where the VAE fails, all rows are lost: pictures are encoded one at a time.
+    """
+    if not draft.items:
+        return draft
+    number, folder, device = draft.round + 1, studio.folder, studio.place.device
+    part = draft.parts[number]
+    schedule = round_schedule(folder, draft.request, part)
+    generators = tuple(torch.Generator("cpu").set_state(state) for state in draft.noise)
+    codec = partial(_tiled_codec, studio, draft.request)
+    drawn = draft.latents.to(device) * draft.schedule.final_scale if number else None
+    try:
+        start = begin_round(folder, codec, device, [item.request for item in draft.items], part, schedule, generators, drawn).to("cpu")
+    except (MemoryError, RuntimeError, UsageError, RenderError) as error:
+        if not isinstance(error, UsageError | RenderError) and not out_of_memory(error):
+            raise
+        free_memory(device)
+        said = f"{device.type} ran out of memory encoding {part.width}×{part.height}; make it smaller." if out_of_memory(error) else str(error)
+        return replace(draft.rows([]), round=number, lost=(*draft.lost, *(Lost(item, said) for item in draft.items)))
+    noise = tuple(generator.get_state() for generator in generators)
+    fallbacks = tuple(dict.fromkeys((*draft.fallbacks, *start.fallbacks)))
+    return replace(draft, round=number, stage=0, schedule=schedule, start=start, latents=start.latents, noise=noise, fallbacks=fallbacks)
+
+
+def _tiled_codec(studio: Studio, request: Request) -> LatentCodec:
+    return studio.codec().tiled(request.tile)
 
 
 @torch.no_grad()
@@ -148,16 +195,19 @@ def advance(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Dr
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        reason = f"{studio.place.device.type} ran out of memory at one picture of {draft.request.width}×{draft.request.height}; make it smaller."
+        part = draft.parts[draft.round]
+        reason = f"{studio.place.device.type} ran out of memory at one picture of {part.width}×{part.height}; make it smaller."
     free_memory(studio.place.device)
     if len(draft.items) == 1:
-        return replace(draft.rows(0, 0), stage=draft.stage + 1, lost=(*draft.lost, Lost(draft.items[0], reason)))
+        return replace(draft.rows([]), stage=draft.stage + 1, lost=(*draft.lost, Lost(draft.items[0], reason)))
     half = len(draft.items) // 2
-    first, second = (advance(studio, draft.rows(*cut), tell) for cut in ((0, half), (half, len(draft.items))))
+    first, second = (advance(studio, draft.rows(cut), tell) for cut in (range(half), range(half, len(draft.items))))
+    left = first.items + second.items
     return replace(
         first,
-        items=first.items + second.items,
+        items=left,
         said=first.said + second.said,
+        start=draft.start.rows([row for row, item in enumerate(draft.items) if item in left]),
         latents=torch.cat([first.latents, second.latents]),
         noise=first.noise + second.noise,
         used=max(first.used, second.used, key=len),
@@ -168,17 +218,18 @@ def advance(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Dr
 
 def _advanced(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Draft:
     request, schedule, device = draft.request, draft.schedule, studio.place.device
-    experts = studio.table(schedule, request.loras)
-    first, end = stages(schedule.sigmas, experts.borders)[draft.stage]
+    experts, start, part = studio.table(schedule, request), draft.start.to(device), draft.parts[draft.round]
+    first, end = stages(schedule.sigmas, experts.borders, part.first)[draft.stage]
     owner = experts.expert_for(float(schedule.sigmas[first]))
-    told = [said[owner.name] for said in draft.said]
-    prompt = on_device(stack_conditionings([said.prompt for said in told]), device)
+    told = [said[draft.round][owner.name] for said in draft.said]
+    prompt = showing(on_device(stack_conditionings([said.prompt for said in told]), device), start)
     negative = on_device(stack_conditionings([said.negative for said in told]), device)
     scales = [owner.guidance if item.request.expert_guidance and owner.guidance is not None else item.request.guidance for item in draft.items]
     guidance = replace(guidance_policy(studio.folder, request), scale=torch.tensor(scales, dtype=torch.float64))
     generators = tuple(torch.Generator("cpu").set_state(state) for state in draft.noise)
+    guided = partial(GuidedDenoiser(experts, guidance, negative), conditioning=prompt)
     steps = sampler_info(request.sampler).function(
-        partial(GuidedDenoiser(experts, guidance, negative), conditioning=prompt),
+        keeping(guided, start.kept, float(schedule.sigmas[part.first])),
         draft.latents.to(device),
         schedule.sigmas,
         noise_source(generators, (draft.latents.shape[1], draft.latents.shape[2], draft.latents.shape[3]), device),
@@ -200,7 +251,9 @@ def _advanced(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> 
 def finish(studio: Studio, draft: Draft) -> Iterator[Drawn | Lost]:
     """Decode a batch whose stages are all done, one picture at a time; one that is not finite is lost, its neighbours are not."""
     yield from draft.lost
-    codec = studio.codec()
+    if not draft.items:
+        return
+    codec, part = _tiled_codec(studio, draft.request), draft.parts[-1]
     for row, item in enumerate(draft.items):
         try:
             decoded = codec.decode(draft.latents[row : row + 1].to(studio.place.device) * draft.schedule.final_scale)
@@ -211,12 +264,13 @@ def finish(studio: Studio, draft: Draft) -> Iterator[Drawn | Lost]:
             if not out_of_memory(error):
                 raise
             free_memory(studio.place.device)
-            yield Lost(item, f"{studio.place.device.type} ran out of memory decoding {item.request.width}×{item.request.height}; make it smaller.")
+            yield Lost(item, f"{studio.place.device.type} ran out of memory decoding {part.width}×{part.height}; make it smaller.")
             continue
         truncated = words_lost(_overflow(draft.said[row]), strict=False)
         fallbacks = [*studio.fallbacks, *draft.fallbacks, *decoded.fallbacks[0]]
         settings = applied_settings(studio.folder, studio.place, item.request, item.seed, list(draft.used), truncated, fallbacks)
-        yield Drawn(item, to_uint8(decoded.pixels)[0].cpu(), settings | {"item": item.key, "company": len(draft.items) - 1})
+        pixels = composited(to_uint8(decoded.pixels)[0].cpu(), item.request.edit, part)
+        yield Drawn(item, pixels, settings | {"item": item.key, "company": len(draft.items) - 1})
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -231,5 +285,5 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _overflow(said: Mapping[str, Said]) -> dict[str, str]:
-    return {name: words for one in said.values() for name, words in one.overflow.items()}
+def _overflow(said: Sequence[Mapping[str, Said]]) -> dict[str, str]:
+    return {name: words for read in said for one in read.values() for name, words in one.overflow.items()}

@@ -3,13 +3,15 @@
     roomy       for each batch: encode, every expert, decode
     not roomy   for each window: encode all its batches; for each expert, from high noise to low: all batches; decode all
 
+A picture that is enlarged while it is drawn goes through the experts twice.
+
 Either way a batch is computed in the same company, so its pixels are the same.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .drafts import Draft, Drawn, Lost, Stepped, advance, begin, finish
+from .drafts import Draft, Drawn, Lost, Stepped, advance, begin, finish, open_round
 from .items import Item
 from .parking import park, taken_up
 from .studio import Studio
@@ -37,8 +39,10 @@ def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: 
     if studio.roomy:
         for batch in batches:
             draft = begin(studio, batch)
-            while draft.next_expert(studio.table(draft.schedule, draft.request.loras)) is not None:
-                draft = advance(studio, draft, tell)
+            for _ in draft.parts:
+                draft = open_round(studio, draft)
+                while draft.next_expert(studio) is not None:
+                    draft = advance(studio, draft, tell)
             yield from finish(studio, draft)
         return
     waiting = list(batches)
@@ -47,22 +51,33 @@ def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: 
 
 
 def _open_window(studio: Studio, waiting: list[Batch], window_bytes: int, folder: Path) -> list[tuple[Batch, Draft]]:
-    """Take batches from `waiting` and encode them, until the window is full."""
+    """Take batches from `waiting` and encode their prompts, until the window is full; then the pictures that they begin with."""
     window: list[tuple[Batch, Draft]] = []
     size = 0
     while waiting and (not window or size < window_bytes):
         batch = waiting.pop(0)
-        draft = taken_up(begin(studio, batch), batch, folder)
+        draft = begin(studio, batch)
         size += draft.bytes
         window.append((batch, draft))
-    return window
+    return [(batch, taken_up(studio.folder, open_round(studio, draft), batch, folder)) for batch, draft in window]
 
 
 def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tell: Tell) -> Iterator[Drawn | Lost]:
-    """Expert by expert through the window; the next expert is fetched while the last batch is still with the one before."""
+    """Round by round, and expert by expert through the window."""
+    for number in range(max(len(draft.parts) for _, draft in window)):
+        for i, (batch, draft) in enumerate(window):
+            if draft.round < number < len(draft.parts):
+                window[i] = batch, open_round(studio, draft)
+        _through_experts(studio, window, folder, tell)
+    for _, draft in window:
+        yield from finish(studio, draft)
+
+
+def _through_experts(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tell: Tell) -> None:
+    """All that is left of the open rounds; the next expert is fetched while the last batch is still with the one before."""
     names = [entry.name for entry in reversed(studio.folder.experts)]
     for name, below in zip(names, [*names[1:], None], strict=True):
-        mine = [i for i, (_, draft) in enumerate(window) if draft.next_expert(studio.table(draft.schedule, draft.request.loras)) == name]
+        mine = [i for i, (_, draft) in enumerate(window) if draft.next_expert(studio) == name]
         for i in mine:
             if i == mine[-1] and below is not None:
                 studio.experts().get(name)  # it must be there, or fetching the next one would cost its place
@@ -71,5 +86,3 @@ def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tel
             draft = advance(studio, draft, tell)
             park(draft, batch, folder)
             window[i] = (batch, draft)
-    for _, draft in window:
-        yield from finish(studio, draft)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from .drafts import advance, begin, finish
+from ..pipeline.request import rounds
+from .drafts import advance, begin, finish, open_round
 from .items import Item
 from .plan import Plan, Planned
 from .run import SUMMARY_FILE, missing_batches, there
@@ -90,11 +91,11 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], workers: i
     if not batches:
         return 0.0, "nothing to do"
     items = [_short(one) for planned in batches[0] for one in planned.item.candidates]
-    draft = begin(studio, items)
+    draft = open_round(studio, begin(studio, items))
     if studio.roomy:
         studio.codec()
     spans: list[float] = []
-    while draft.next_expert(studio.table(draft.schedule, draft.request.loras)) is not None:
+    while draft.next_expert(studio) is not None:
         marks = [time.perf_counter()]
         draft = advance(studio, draft, lambda _, marks=marks: marks.append(time.perf_counter()))
         spans += [after - before for before, after in pairwise(marks)]
@@ -103,12 +104,14 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], workers: i
     decode = (time.perf_counter() - started) / decoded
     step = min(spans, default=0.0) / max(1, len(draft.items))
     pixels = items[0].request.width * items[0].request.height
-    work = ((p.item.request, p.item.best_of * p.item.request.width * p.item.request.height / pixels) for batch in batches for p in batch)
-    return sum(area * (step * request.steps + decode) for request, area in work) / workers, f"{_STEPS} steps of the first batch"
+    work = ((p.item.best_of, part.width * part.height / pixels, part) for batch in batches for p in batch for part in rounds(p.item.request))
+    return sum(n * area * (step * (part.steps - part.first) + decode) for n, area, part in work) / workers, f"{_STEPS} steps of the first batch"
 
 
 def _short(item: Item) -> Item:
-    return replace(item, request=replace(item.request, steps=_STEPS, sigmas=None, schedule="linspace" if item.request.sampler != "lcm" else "lcm"))
+    edit = None if item.request.edit is None else replace(item.request.edit, strength=1.0)
+    schedule = "linspace" if item.request.sampler != "lcm" else "lcm"
+    return replace(item, request=replace(item.request, steps=_STEPS, sigmas=None, schedule=schedule, edit=edit, upscale=None))
 
 
 def _draft_bytes(studio: Studio, batches: Sequence[Sequence[Planned]]) -> int:

@@ -4,15 +4,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, UnsafeError, UsageError
+from ..errors import DataError, ModelError, UnsafeError, UsageError
 from ..pipeline.adapters import Shelf
 from ..pipeline.folder import ModelFolder
 from ..pipeline.output import picture_name
-from ..pipeline.request import Request, resolve
+from ..pipeline.request import Request, recorded, resolve
 from ..pipeline.seeds import MAX_SEED
 from .lines import Line, Problem
 
@@ -21,6 +22,7 @@ Sweep = Mapping[str, Sequence[Any]]
 
 MAX_ITEMS = 1_000_000
 _NOT_SETTINGS = ("count", "seed", "seeds", "name", "format", "lora", "embedding")  # of a line, but not of `resolve`
+_PICTURES = ("init_image", "mask")  # options of a line that name files
 _CANDIDATE_STRIDE = 2654435769  # 2³² over the golden ratio, odd: candidates of one seed are all different, and far from those of its neighbours
 NAME = "{number}-{prompt}-{seed}"
 
@@ -76,6 +78,7 @@ def make_items(
     shelf: Shelf | None = None,
     best_of: int = 1,
     name_of: Callable[[Line, int], str] | None = None,
+    beside: Path = Path(),
 ) -> tuple[list[Item], list[Problem]]:
     """Multiply lines by `count`, `seeds` and the sweep, and resolve every item against the model.
 
@@ -90,6 +93,7 @@ def make_items(
         circumstances: what else decides pixels: dtype, device and so on; goes into every key.
         shelf: where LoRA files are found again; None for one that nobody else needs.
         best_of: see `Item`; from 2 on, `circumstances` must hold it and what scores.
+        beside: the folder of the prompt file, from which the lines name their pictures; defaults and sweep name them from the current folder.
         name_of: a line and the place of a picture among those of the line, from 0, to the picture's file name without suffix; in place of `name`.
 
     Returns:
@@ -101,7 +105,7 @@ def make_items(
     told: Counter[tuple[str, str]] = Counter()
     seen: Counter[str] = Counter()
     for line in lines:
-        values = {**defaults, **line.values}
+        values = {**defaults, **line.values, **{name: str(beside / line.values[name]) for name in _PICTURES if line.values.get(name)}}
         text = (values["prompt"], values.get("negative", ""))
         try:
             seeds = _seeds(values, text, told[text])
@@ -111,7 +115,7 @@ def make_items(
                 items.append(replace(item, best_of=best_of))
             if len(items) > MAX_ITEMS:
                 raise UsageError(f"line {line.number} brings the pictures to {len(items)}; at most {MAX_ITEMS} are taken in one run; split the file.")
-        except UsageError as error:
+        except (UsageError, DataError) as error:
             option = next((name for name in line.columns if f"--{name.replace('_', '-')} " in f"{error} "), None)
             problems.append(Problem(line.number, 1 if option is None else line.columns[option], str(error)))
         except (ModelError, UnsafeError) as error:
@@ -142,7 +146,7 @@ def _item(shelf: Shelf, line: int, values: Mapping[str, Any], seed: int, circums
     embeddings = [shelf.embedding(text) for text in values.get("embedding") or ()]
     request = resolve(folder, values["prompt"], [seed], loras=loras, embeddings=embeddings, **settings)
     template, picture_format = values.get("name") or NAME, values.get("format") or "png"
-    decided = {"request": asdict(request), "model": folder.fingerprint, "name": template, "format": picture_format, **circumstances}
+    decided = {"request": recorded(request), "model": folder.fingerprint, "name": template, "format": picture_format, **circumstances}
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]
     seen[digest] += 1
     key = digest if seen[digest] == 1 else hashlib.sha256(f"{digest} {seen[digest]}".encode()).hexdigest()[:32]

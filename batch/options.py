@@ -61,6 +61,11 @@ def _template(text: str) -> None:
     checked_template("name", checked_text("name", text))
 
 
+def _file(name: str) -> None:
+    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in name):
+        raise UsageError("the file name holds a control character or a lone surrogate; rename the file.")
+
+
 def _falling(sigmas: Sequence[float]) -> None:
     levels = sigmas[:-1] if sigmas[-1] == 0 else sigmas
     if not levels or min(levels) <= 0 or any(after >= before for before, after in pairwise(levels)):
@@ -147,6 +152,16 @@ OPTIONS = (
         items=(1, _MOST_ADAPTERS),
         check=partial(_named, "embedding"),
     ),
+    Option(name="init_image", kind="text", help="Picture to begin with; its path from the prompt file's folder.", check=_file),
+    _number("strength", "number", "How much of it is drawn anew: the share of the steps that are taken."),
+    _choice("resize", "How it is brought to width and height: cover and crop, or stretch."),
+    Option(name="mask", kind="text", help="Picture of its size: white is repainted, black is kept.", check=_file),
+    _number("mask_blur", "number", "Pixels over which the repainted part fades out inside the mask."),
+    _number("upscale", "number", "Draw, enlarge by this factor, and draw on."),
+    _choice("upscale_mode", "What is enlarged."),
+    _number("upscale_steps", "integer", "Steps of the second round."),
+    _number("upscale_strength", "number", "Share of them that are taken."),
+    _choice("tile", "Along which axes the picture meets itself when laid side by side."),
     Option(name="strict", kind="flag", help="Refuse a prompt with words beyond the text encoders' limits."),
     Option(name="name", kind="text", help="File name without suffix; may hold {prompt}, {seed} and {number}.", check=_template),
     _choice("format", "Picture format."),

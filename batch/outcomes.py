@@ -118,6 +118,7 @@ def generate_commands(folder: ModelFolder, items: Iterable[Item], shared: Sequen
 def _command(item: Item, told: Iterable[str], shared: Sequence[str]) -> str:
     request = item.request
     options = [part for name in told for part in _argument(name, getattr(request, name))]
+    options += [part for name, value in _edit_options(request).items() for part in _argument(name, value)]
     negative = ["--negative", request.negative] if request.negative else []
     picture_format = [] if item.picture_format == "png" else ["--format", item.picture_format]
     adapters = [part for one in (*request.loras, *request.embeddings) for part in (one.option, one.spec)]
@@ -131,6 +132,8 @@ def _command(item: Item, told: Iterable[str], shared: Sequence[str]) -> str:
 
 def _told(folder: ModelFolder, request: Request) -> tuple[str, ...]:
     """The options that `resolve` must be given to come to a request."""
+    edit = request.edit
+    request = replace(request, edit=None, upscale=None, tile=None)  # which `_edit_options` tells
     given: dict[str, Any] = {name: getattr(request, name) for name in _TUNED}
     if request.sigmas is not None:
         del given["schedule"], given["steps"]
@@ -141,7 +144,22 @@ def _told(folder: ModelFolder, request: Request) -> tuple[str, ...]:
         with suppress(UsageError):  # what is left may contradict each other
             if resolve(folder, request.prompt, request.seeds, loras=request.loras, embeddings=request.embeddings, **fewer) == request:
                 given = fewer
+    if edit is not None:
+        own_size = (request.width, request.height) == (edit.init_image.width, edit.init_image.height)
+        return (*(() if own_size else ("width", "height")), *(name for name in given if name not in ("width", "height")))
     return tuple(given)
+
+
+def _edit_options(request: Request) -> dict[str, Any]:
+    """The options of what a picture is made from beside a prompt; files by their names, as paths stay private."""
+    edit, upscale = request.edit, request.upscale
+    told: dict[str, Any] = {}
+    if edit is not None:
+        told |= {"init_image": edit.init_image.name, "strength": edit.strength, "resize": edit.resize}
+        told |= {} if edit.mask is None else {"mask": edit.mask.name, "mask_blur": edit.mask_blur}
+    if upscale is not None:
+        told |= {"upscale": upscale.factor, "upscale_mode": upscale.mode, "upscale_steps": upscale.steps, "upscale_strength": upscale.strength}
+    return told if request.tile is None else {**told, "tile": request.tile}
 
 
 def _argument(name: str, value: Any) -> list[str]:
@@ -171,6 +189,7 @@ def _settings(folder: ModelFolder, item: Item, entry: Entry | None) -> dict[str,
         "negative": request.negative or None,
         "lora": ", ".join(lora.spec for lora in request.loras) or None,
         "embedding": ", ".join(one.spec for one in request.embeddings) or None,
+        **{name.replace("_", " "): value for name, value in _edit_options(request).items()},
         "format": item.picture_format,
     }
     if entry is not None and entry.score is not None:

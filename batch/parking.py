@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from ..pipeline.editing import Start, round_schedule
+from ..pipeline.folder import ModelFolder
 from .drafts import Draft, Lost
 from .files import replace as write_whole
 from .items import Item
@@ -26,6 +28,7 @@ def park(draft: Draft, items: Sequence[Item], folder: Path) -> None:
     tensors = {"latents": draft.latents.contiguous(), **{f"noise.{row}": state for row, state in enumerate(draft.noise)}}
     facts = {
         "rows": [item.key for item in draft.items],
+        "round": draft.round,
         "stage": draft.stage,
         "used": draft.used,
         "lost": [{"key": lost.item.key, "error": lost.error} for lost in draft.lost],
@@ -34,8 +37,8 @@ def park(draft: Draft, items: Sequence[Item], folder: Path) -> None:
     write_whole(save(tensors, {"draft": json.dumps(facts)}), _path(items, folder))
 
 
-def taken_up(draft: Draft, items: Sequence[Item], folder: Path) -> Draft:
-    """`draft` as far as it was parked before; itself when it was not, or the file is damaged."""
+def taken_up(model: ModelFolder, draft: Draft, items: Sequence[Item], folder: Path) -> Draft:
+    """`draft`, whose first round is open, as far as it was parked before; itself when it was not, or the file is damaged."""
     known = {item.key: row for row, item in enumerate(draft.items)}
     every = {item.key: item for item in items}
     try:
@@ -43,13 +46,14 @@ def taken_up(draft: Draft, items: Sequence[Item], folder: Path) -> Draft:
             facts = json.loads(file.metadata()["draft"])
             latents: torch.Tensor = file.get_tensor("latents")
             noise = tuple(file.get_tensor(f"noise.{row}") for row in range(len(facts["rows"])))
-        rows = [known[key] for key in facts["rows"]]
+        parked, number = draft.rows([known[key] for key in facts["rows"]]), int(facts["round"])
+        if parked.items and number != draft.round:  # the second round, which has no picture to keep
+            parked = replace(parked, schedule=round_schedule(model, parked.request, parked.parts[number]), start=Start(latents))
         return replace(
-            draft,
-            items=tuple(draft.items[row] for row in rows),
-            said=tuple(draft.said[row] for row in rows),
+            parked,
             latents=latents,
             noise=noise,
+            round=number,
             stage=int(facts["stage"]),
             used=tuple((name, float(a), float(b)) for name, a, b in facts["used"]),
             lost=tuple(Lost(every[one["key"]], one["error"]) for one in facts["lost"]),

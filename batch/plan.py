@@ -9,15 +9,16 @@ import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, OutputError
 from ..pipeline.adapters import LoraUse
+from ..pipeline.edits import edit_from, upscale_from
 from ..pipeline.embeddings import EmbeddingUse
 from ..pipeline.output import candidates
-from ..pipeline.request import BATCH_PICTURES, BATCH_PIXELS, Request
+from ..pipeline.request import Request, most_together
 from .files import replace as write_whole
 from .items import Item
 
@@ -96,14 +97,20 @@ def extend(plan: Plan, items: Sequence[Item], batch_size: int | None) -> Plan:
         if item.key in planned:
             continue
         number += 1
-        groups[tuple(getattr(item.request, name) for name in _SHARED)].append(Planned(item, _free_name(item, number, taken)))
+        groups[_shared(item.request)].append(Planned(item, _free_name(item, number, taken)))
     new = [batch for group in groups.values() for batch in _cut(group, batch_size)]
     return Plan(plan.model, (*kept, *new), number)
 
 
+def _shared(request: Request) -> tuple[Any, ...]:
+    """What the rows of a batch have in common; which pictures they begin with may differ."""
+    edit = None if request.edit is None else (request.edit.strength, request.edit.mask is None)
+    return (*(getattr(request, name) for name in _SHARED), edit, request.upscale, request.tile)
+
+
 def _cut(group: Sequence[Planned], batch_size: int | None) -> Iterable[tuple[Planned, ...]]:
     first = group[0].item.request
-    size = max(1, min(BATCH_PICTURES, BATCH_PIXELS // (first.width * first.height))) if batch_size is None else batch_size
+    size = most_together(first) if batch_size is None else batch_size
     size = max(1, size // group[0].item.best_of)
     return (tuple(group[i : i + size]) for i in range(0, len(group), size))
 
@@ -174,8 +181,12 @@ def _stored(item: Item) -> dict[str, Any]:
 def _item(stored: dict[str, Any]) -> Item:
     values: dict[str, Any] = {}
     for field in fields(Request):
-        value = stored["request"][field.name]
-        values[field.name] = tuple(value) if isinstance(value, list) else value
+        if field.default is MISSING or field.name in stored["request"]:
+            value = stored["request"][field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    for name, read in (("edit", edit_from), ("upscale", upscale_from)):
+        if values.get(name) is not None:
+            values[name] = read(values[name])
     values["loras"] = tuple(LoraUse.stored(lora) for lora in values["loras"])
     values["embeddings"] = tuple(EmbeddingUse.stored(one) for one in values["embeddings"])
     return Item(stored["key"], int(stored["line"]), Request(**values), stored["template"], stored["format"], int(stored.get("best_of", 1)))

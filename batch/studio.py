@@ -17,7 +17,7 @@ from ..pipeline.describe import describe
 from ..pipeline.embeddings import EmbeddingUse
 from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import Encode, Place, TextParts, load_codec, load_experts, load_texts, readers_of
-from ..pipeline.request import Request
+from ..pipeline.request import Request, Round
 from ..schedulers.schedules import SigmaSchedule
 from ..unet.experts import ExpertTable
 from ..unet.residency import ExpertPool
@@ -82,9 +82,9 @@ class Studio:
         self._codec: LatentCodec | None = None
         self._texts: OrderedDict[_Text, Mapping[str, Said]] = OrderedDict()
 
-    def read(self, request: Request) -> Mapping[str, Said]:
-        """What each expert is told of a request; a text that was read before is remembered."""
-        text = (request.prompt, request.negative, request.width, request.height, request.loras, request.embeddings)
+    def read(self, request: Request, part: Round) -> Mapping[str, Said]:
+        """What each expert is told of a request in one of its rounds; a text that was read before is remembered."""
+        text = (request.prompt, request.negative, part.width, part.height, request.loras, request.embeddings)
         if text not in self._texts:
             self._texts[text] = _read(self._text_readers(self._shelf.adapters(request.loras, request.embeddings)), text)
             while len(self._texts) > TEXTS_KEPT:
@@ -100,9 +100,10 @@ class Studio:
             self._note(fallbacks)
         return self._experts
 
-    def table(self, schedule: SigmaSchedule, loras: tuple[LoraUse, ...]) -> ExpertTable:
-        """The experts as the denoiser of a run, with LoRAs."""
-        return self.experts().table(schedule.timestep_at, ahead=self.roomy, added=self._shelf.adapters(loras).unets)
+    def table(self, schedule: SigmaSchedule, request: Request) -> ExpertTable:
+        """The experts as the denoiser of a run, as the request changes them."""
+        added = self._shelf.adapters(request.loras).unets
+        return self.experts().table(schedule.timestep_at, ahead=self.roomy, added=added, tile=request.tile)
 
     def codec(self) -> LatentCodec:
         """The codec."""
@@ -150,7 +151,5 @@ def _read(readers: Mapping[str, Encode], text: _Text) -> dict[str, Said]:
 
 def on_device(conditioning: Conditioning, device: torch.device | str) -> Conditioning:
     """A conditioning on another device."""
-    parts = (conditioning.tokens, conditioning.mask, conditioning.pooled, conditioning.size_ids)
-    tokens, mask, pooled, size_ids = (None if part is None else part.to(device) for part in parts)
-    assert tokens is not None
-    return Conditioning(tokens, mask, pooled, size_ids)
+    rest = (conditioning.mask, conditioning.pooled, conditioning.size_ids, conditioning.shown)
+    return Conditioning(conditioning.tokens.to(device), *(None if part is None else part.to(device) for part in rest))

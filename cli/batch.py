@@ -12,7 +12,26 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ..errors import DataError, UsageError
-from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model
+from .options import (
+    Attention,
+    Debug,
+    Device,
+    DType,
+    Embeddings,
+    InitImage,
+    Json,
+    Loras,
+    Mask,
+    MaskBlur,
+    Model,
+    Resize,
+    Strength,
+    Tile,
+    Upscale,
+    UpscaleMode,
+    UpscaleSteps,
+    UpscaleStrength,
+)
 
 if TYPE_CHECKING:
     from ..batch.drafts import Stepped
@@ -44,6 +63,16 @@ _LINE_OPTIONS = (
     "apg",
     "dynamic_threshold",
     "eta",
+    "init_image",
+    "strength",
+    "resize",
+    "mask",
+    "mask_blur",
+    "upscale",
+    "upscale_mode",
+    "upscale_steps",
+    "upscale_strength",
+    "tile",
     "format",
     "name",
     "strict",
@@ -88,6 +117,16 @@ def batch(
     apg: Annotated[bool | None, typer.Option("--apg", help="Adaptive projected guidance.")] = None,
     dynamic_threshold: Annotated[float | None, typer.Option(help="0..1, as in generate.")] = None,
     eta: Annotated[float | None, typer.Option(help="0..1, as in generate.")] = None,
+    init_image: InitImage = None,
+    strength: Strength = None,
+    resize: Resize = None,
+    mask: Mask = None,
+    mask_blur: MaskBlur = None,
+    upscale: Upscale = None,
+    upscale_mode: UpscaleMode = None,
+    upscale_steps: UpscaleSteps = None,
+    upscale_strength: UpscaleStrength = None,
+    tile: Tile = None,
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp. [default: png]")] = None,
     name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names. [default: {number}-{prompt}-{seed}]")] = None,
     lora: Loras = None,
@@ -187,6 +226,7 @@ def batch(
         shelf=shelf,
         best_of=1 if best_of is None else best_of,
         name_of=geneval.name_of if layout == "geneval" else None,
+        beside=Path() if str(prompts) == "-" else prompts.parent,
     )
     _refuse_unused([shelf.embedding(text) for text in given.get("embedding", ())], items)
     reporter = _Reporter(as_json, out)
@@ -267,7 +307,8 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """Options of the command line, checked as those of a line are."""
     from ..batch.options import BY_NAME, from_json, from_text
 
-    return {name: (from_text if isinstance(value, str) else from_json)(BY_NAME[name], value) for name, value in given.items()}
+    texts = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    return {name: (from_text if isinstance(value, str) else from_json)(BY_NAME[name], value) for name, value in texts.items()}
 
 
 def _sweep(texts: list[str]) -> dict[str, list[Any]]:

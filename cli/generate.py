@@ -11,7 +11,26 @@ import typer
 
 from ..errors import UsageError
 from ..pipeline.limits import RANGES
-from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model
+from .options import (
+    Attention,
+    Debug,
+    Device,
+    DType,
+    Embeddings,
+    InitImage,
+    Json,
+    Loras,
+    Mask,
+    MaskBlur,
+    Model,
+    Resize,
+    Strength,
+    Tile,
+    Upscale,
+    UpscaleMode,
+    UpscaleSteps,
+    UpscaleStrength,
+)
 
 
 def generate(
@@ -35,6 +54,16 @@ def generate(
     apg: Annotated[bool, typer.Option("--apg", help="Adaptive projected guidance: stronger guidance without burnt colours.")] = False,
     dynamic_threshold: Annotated[float | None, typer.Option(help="0..1: clamp each prediction at this percentile, as Imagen does.")] = None,
     eta: Annotated[float | None, typer.Option(help="0..1, share of fresh noise in a step, for samplers that take it.")] = None,
+    init_image: InitImage = None,
+    strength: Strength = None,
+    resize: Resize = None,
+    mask: Mask = None,
+    mask_blur: MaskBlur = None,
+    upscale: Upscale = None,
+    upscale_mode: UpscaleMode = None,
+    upscale_steps: UpscaleSteps = None,
+    upscale_strength: UpscaleStrength = None,
+    tile: Tile = None,
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp. [default: from --out, else png]")] = None,
     name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names in a folder. [default: {prompt}-{seed}]")] = None,
     steps_strip: Annotated[bool, typer.Option("--steps-strip", help="Also save each step's prediction in one strip, with its expert.")] = False,
@@ -62,6 +91,10 @@ def generate(
 
       echo "a green heart" | tu-diffuse generate - --out heart.webp
 
+      tu-diffuse generate "a green star" --init-image photo.jpg --mask hole.png
+
+      tu-diffuse generate "a blue circle" --upscale 2 --tile xy
+
     With --json each picture is one line: path, steps_strip, prompt, seed, seconds, truncated (words that did not fit),
     fallbacks, settings (all that was applied).
     """
@@ -79,7 +112,7 @@ def generate(
     from ..pipeline.metadata import encode_picture
     from ..pipeline.output import plan_target, publish
     from ..pipeline.previews import LivePreview, StepsStrip, to_image
-    from ..pipeline.request import batches, resolve
+    from ..pipeline.request import batches, resolve, steps_of
     from ..pipeline.seeds import random_seed
     from ..pipeline.text_to_image import Progress, text_to_image
     from .progress import Reporter
@@ -108,6 +141,16 @@ def generate(
             strict=strict,
             loras=loras,
             embeddings=embeddings,
+            init_image=init_image,
+            strength=strength,
+            resize=resize,
+            mask=mask,
+            mask_blur=mask_blur,
+            upscale=upscale,
+            upscale_mode=upscale_mode,
+            upscale_steps=upscale_steps,
+            upscale_strength=upscale_strength,
+            tile=tile,
         )
         for text, first in ((text, random_seed(count) if seed is None else seed) for text in texts)
     ]
@@ -120,7 +163,7 @@ def generate(
 
     number = 0
     work = [batch for request in requests for batch in batches(request)]
-    with Reporter(total=sum(batch.steps for batch in work)) as reporter:
+    with Reporter(total=sum(steps_of(batch) for batch in work)) as reporter:
         for said in shelf.partial:
             reporter.say(said)
         for batch in work:

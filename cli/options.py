@@ -39,3 +39,16 @@ Embeddings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+InitImage = Annotated[
+    Path | None, typer.Option("--init-image", metavar="FILE", help="Begin with this picture (PNG, JPEG, WebP). See docs/editing.md.")
+]
+Strength = Annotated[float | None, typer.Option("--strength", help="0..1: share of the steps that are taken on it. [default: 0.75, with --mask 1]")]
+Resize = Annotated[str | None, typer.Option("--resize", help="How it is brought to --width and --height: crop or stretch. [default: crop]")]
+Mask = Annotated[Path | None, typer.Option("--mask", metavar="FILE", help="Repaint --init-image where this is white, keep it where it is black.")]
+MaskBlur = Annotated[float | None, typer.Option("--mask-blur", help="Pixels over which the repainted part fades out inside the mask. [default: 0]")]
+Upscale = Annotated[float | None, typer.Option("--upscale", metavar="FACTOR", help="Draw, enlarge by this factor, and draw on.")]
+UpscaleMode = Annotated[str | None, typer.Option("--upscale-mode", help="What is enlarged: latent or pixel. [default: pixel]")]
+UpscaleSteps = Annotated[int | None, typer.Option("--upscale-steps", help="Steps of the second round. [default: as many as --steps]")]
+UpscaleStrength = Annotated[float | None, typer.Option("--upscale-strength", help="0..1: share of them that are taken. [default: 0.35]")]
+Tile = Annotated[str | None, typer.Option("--tile", metavar="x|y|xy", help="Make the picture meet itself when laid side by side, along these axes.")]

@@ -1,6 +1,7 @@
 """`tu-diffuse replay`: draw a picture again from what it carries, and compare."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,10 @@ def replay(
     embedding: Annotated[
         list[Path] | None, typer.Option(metavar="PATH", help="Embedding file that the picture names, or a folder that holds it; may be repeated.")
     ] = None,
+    input: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE|FOLDER", help="Where the pictures are that it was made from, if not beside it; may be repeated."),
+    ] = None,
     dtype: DType = "recorded",
     device: Device = "recorded",
     attention: Attention = "recorded",
@@ -30,7 +35,8 @@ def replay(
     """Draw a picture again from the settings that it carries and say whether the pixels are equal.
 
     Exits with 0 when all pixels are equal, else with 1 and the largest difference (of 255). A picture of `batch` is drawn again in the company that
-    it had, from the plan.json beside it; without that, differences of at most 2 are rounding and the exit code is 0.
+    it had, from the plan.json beside it; without that, differences of at most 2 are rounding and the exit code is 0. Pictures that it was made from
+    are known by their content: they must lie beside it, or be named with --input.
 
     Examples:
 
@@ -39,6 +45,8 @@ def replay(
       tu-diffuse replay portrait.webp --model models/my-sdxl
 
       tu-diffuse replay portrait.webp --model models/my-sdxl --lora loras/
+
+      tu-diffuse replay repainted-3.png --input photo.jpg --input masks/
 
     With --json one line: path, equal, largest_difference (0..255), different_pixels, seed.
     """
@@ -50,9 +58,12 @@ def replay(
     from ..batch.again import company_of, draw_again
     from ..pipeline.adapters import Shelf, find_by_hash
     from ..pipeline.folder import open_folder
+    from ..pipeline.inputs import located
     from ..pipeline.loading import adapted_to, choose_place, load_model
     from ..pipeline.replay import compare, model_of, redraw, request_of
+    from ..pipeline.request import with_pictures
 
+    places = [*(input or []), picture.absolute().parent]
     made_with = settings["model"]
     folder = open_folder(model_of(model, made_with))
     request, index = request_of(folder, settings)
@@ -67,8 +78,10 @@ def replay(
     files = find_by_hash([*(lora or []), *(embedding or [])], [*request.loras, *request.embeddings])
     company = company_of(picture, settings)
     if company is not None:
+        company = [replace(item, request=with_pictures(item.request, lambda one: located(one, places))) for item in company]
         new = draw_again(folder, choose_place(dtype, device, attention), company, settings["item"], settings["seed"], files)
     else:
+        request = with_pictures(request, lambda one: located(one, places))
         loaded = load_model(folder, dtype=dtype, device=device, attention=attention)
         new = redraw(adapted_to(loaded, Shelf(folder, files), request), request, index)
     difference = compare(picture, new.pixels, new.settings)

@@ -76,7 +76,10 @@ _PIPELINES = (
     "TuDiffusePipeline",
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
     "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
     "LatentConsistencyModelPipeline",
 )
 _CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
@@ -140,7 +143,13 @@ class ModelFolder:
     @property
     def channels(self) -> int:
         """Of the latents."""
-        return int(self.configs["unet"].get("in_channels", 4))
+        return int(self.configs["unet"].get("out_channels" if self.inpaints else "in_channels", 4))
+
+    @property
+    def inpaints(self) -> bool:
+        """Its networks see a mask and the masked picture beside the latents: 9 channels for latents of 4."""
+        seen, told = (self.configs["unet"].get(name, 4) for name in ("in_channels", "out_channels"))
+        return seen == 2 * told + 1
 
 
 def open_folder(path: Path | None) -> ModelFolder:

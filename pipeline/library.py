@@ -63,8 +63,11 @@ class LibraryDenoiser:
             extra["added_cond_kwargs"] = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": conditioning.size_ids}
         elif conditioning.pooled is not None:
             extra["class_labels"] = conditioning.pooled.to(dtype)
+        scaled = x.float() / scale
+        if conditioning.shown is not None:
+            scaled = torch.cat([scaled, conditioning.shown], dim=1)
         output = self.unet(
-            (x.float() / scale).to(dtype),
+            scaled.to(dtype),
             self.to_timestep(sigma).to(x.device),
             conditioning.tokens.to(dtype),
             encoder_attention_mask=conditioning.mask,
@@ -91,6 +94,14 @@ class LibraryVAE(nn.Module):
         super().__init__()
         self.vae = vae
         self.config = _Scale(vae.config, factor)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures in [-1, 1] to mean and log-variance of their unscaled latents; an autoencoder without variance gets one of e^-30."""
+        encoded = self.vae.encode(x)  # pyright: ignore[reportCallIssue]
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mean, encoded.latent_dist.logvar
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        return latents, torch.full_like(latents, -30.0)
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled latents to pictures, about [-1, 1]."""

@@ -21,10 +21,22 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "guidance": (0, 1000),
     "guidance_rescale": (0, 1),
     "dynamic_threshold": (0.01, 1),
+    "strength": (0, 1),
+    "mask_blur": (0, 512),
+    "upscale": (1, 8),
+    "upscale_steps": (1, 1000),
+    "upscale_strength": (0, 1),
 }
 """Lowest and highest value, both allowed. Models ask for more of width and height: a multiple of `ModelFolder.factor`."""
 
-CHOICES: Mapping[str, tuple[str, ...]] = {"sampler": SAMPLER_NAMES, "schedule": SPACINGS, "format": tuple(FORMATS)}
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "sampler": SAMPLER_NAMES,
+    "schedule": SPACINGS,
+    "format": tuple(FORMATS),
+    "resize": ("crop", "stretch"),
+    "upscale_mode": ("latent", "pixel"),
+    "tile": ("x", "y", "xy"),
+}
 
 
 def checked_text(what: str, text: str) -> str:

@@ -121,6 +121,7 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "CFG scale": settings["guidance"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
+        **_edit_pairs(settings),
         "Model hash": model["hash"][:10],
         "Model": model["name"],
         "Lora hashes": _hashes(settings, "loras", "name"),
@@ -137,3 +138,15 @@ def _hashes(settings: Mapping[str, Any], key: str, name: str) -> str | None:
     """What was added to the model, in the quotes that the field puts around a value with commas; None when nothing was."""
     added = settings.get(key)
     return json.dumps(", ".join(f"{one[name]}: {one['hash'][:10]}" for one in added), ensure_ascii=False) if added else None
+
+
+def _edit_pairs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is customarily said of a picture that was made from another one, enlarged while it was drawn, or made to be tiled."""
+    pairs: dict[str, Any] = {}
+    if "edit" in settings:
+        pairs["Denoising strength"] = settings["edit"]["strength"]
+    if "upscale" in settings:
+        upscale = settings["upscale"]
+        pairs |= {"Hires upscale": upscale["factor"], "Hires steps": upscale["steps"], "Hires upscaler": upscale["mode"]}
+        pairs |= {"Hires denoising strength": upscale["strength"]}
+    return pairs | ({"Tiling": settings["tile"]} if "tile" in settings else {})

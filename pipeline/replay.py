@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError, UsageError
 from .adapters import LoraUse
+from .edits import edit_from, upscale_from
 from .embeddings import EmbeddingUse
 from .folder import ModelFolder
 from .hub import HubName, cached, hub_name, is_commit
@@ -59,7 +60,7 @@ def model_of(named: Path | None, made_with: Mapping[str, Any]) -> Path | None:
 
 
 def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Request, int]:
-    """The request that a picture was made with, and the picture's place in its batch.
+    """The request that a picture was made with, and the picture's place in its batch; its input pictures are yet to be `inputs.located`.
 
     Raises:
         DataError: the settings lack an entry or hold one that cannot be.
@@ -79,6 +80,9 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
             loras=loras,
             embeddings=[EmbeddingUse.stored(one) for one in settings.get("embeddings", [])],
             **copied,
+            edit=None if "edit" not in settings else edit_from(settings["edit"]),
+            upscale=None if "upscale" not in settings else upscale_from(settings["upscale"]),
+            tile=settings.get("tile"),
         )
         index = request.seeds.index(settings["seed"])
         texts = [settings["model"]["name"], settings["model"]["hash"], *(settings[name] for name in ("dtype", "device", "attention"))]

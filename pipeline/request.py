@@ -1,16 +1,20 @@
 """What is asked for: every setting of a batch of pictures, resolved against the model's defaults and checked before any weight is loaded."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 from ..schedulers.registry import SAMPLERS, sampler_info
 from ..schedulers.schedules import SPACINGS, make_schedule
 from .adapters import LoraUse
+from .edits import Edit, Upscale, resolved_edit, resolved_upscale
 from .embeddings import EmbeddingUse
 from .folder import ModelFolder
-from .limits import RANGES, checked_text
+from .inputs import InputPicture
+from .limits import CHOICES, RANGES, checked_text
 
 BATCH_PIXELS = 4 * 512 * 512
 BATCH_PICTURES = 16
@@ -40,6 +44,9 @@ class Request:
         strict: refuse words that do not fit the text encoders, instead of naming them.
         loras: LoRAs that are added to the weights.
         embeddings: embeddings whose words stand in the prompt or the negative prompt.
+        edit: a picture to begin with, or None.
+        upscale: a second round on the enlarged drawing, or None.
+        tile: "x", "y" or "xy", along which the picture meets itself when it is laid side by side; None for no such thing.
     """
 
     prompt: str
@@ -61,6 +68,66 @@ class Request:
     strict: bool
     loras: tuple[LoraUse, ...]
     embeddings: tuple[EmbeddingUse, ...]
+    edit: Edit | None = None
+    upscale: Upscale | None = None
+    tile: str | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of the sampler through its schedule.
+
+    Attributes:
+        width: pixels.
+        height: likewise.
+        steps: of the schedule.
+        first: number of the step that it begins with.
+    """
+
+    width: int
+    height: int
+    steps: int
+    first: int
+
+
+def rounds(request: Request) -> list[Round]:
+    """The rounds of a request: one, or two where the picture is enlarged."""
+    edit, upscale = request.edit, request.upscale
+    first = Round(request.width, request.height, request.steps, 0 if edit is None else first_step(request.steps, edit.strength))
+    if upscale is None:
+        return [first]
+    width, height = (round(side * upscale.factor) for side in (request.width, request.height))
+    return [first, Round(width, height, upscale.steps, first_step(upscale.steps, upscale.strength))]
+
+
+def steps_of(request: Request) -> int:
+    """How many steps are taken, in all rounds."""
+    return sum(part.steps - part.first for part in rounds(request))
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Number of the first of the last ⌊steps·strength⌋ steps, as diffusers' img2img counts them."""
+    return steps - min(int(steps * strength), steps)
+
+
+def with_pictures(request: Request, change: Callable[[InputPicture], InputPicture]) -> Request:
+    """The request with each of its input pictures replaced."""
+    if request.edit is None:
+        return request
+    edit = request.edit
+    return replace(request, edit=replace(edit, init_image=change(edit.init_image), mask=None if edit.mask is None else change(edit.mask)))
+
+
+def recorded(request: Request) -> dict[str, Any]:
+    """The fields of a request as JSON: input pictures without their paths, and what is not used left out."""
+    fields = asdict(request)
+    for name in ("edit", "upscale", "tile"):
+        if fields[name] is None:
+            del fields[name]
+    if request.edit is not None:
+        mask = request.edit.mask
+        fields["edit"] |= {"init_image": request.edit.init_image.recorded, "mask": None if mask is None else mask.recorded}
+    return fields
 
 
 def resolve(
@@ -84,13 +151,28 @@ def resolve(
     strict: bool = False,
     loras: Iterable[LoraUse] = (),
     embeddings: Iterable[EmbeddingUse] = (),
+    init_image: Path | str | None = None,
+    strength: float | None = None,
+    resize: str | None = None,
+    mask: Path | str | None = None,
+    mask_blur: float | None = None,
+    edit: Edit | None = None,
+    upscale: float | Upscale | None = None,
+    upscale_mode: str | None = None,
+    upscale_steps: int | None = None,
+    upscale_strength: float | None = None,
+    tile: str | None = None,
 ) -> Request:
     """Fill in the model's defaults and check every value; the arguments are the fields of `Request`, None is the model's default.
+
+    The arguments of an edit and of an enlargement are those of `edits.resolved_edit` and `edits.resolved_upscale`; a picture to begin with gives
+    the size where none is named. A recorded `Edit` or `Upscale` stands in place of its parts.
 
     Where the sampler is named but not the schedule, the model's schedule is kept if the sampler has a use for it, else the sampler's own is taken.
 
     Raises:
         UsageError: a value that cannot be used, with what was wanted.
+        DataError: a picture to begin with, or its mask, is not a valid one.
     """
     own = folder.defaults
     sampler = own.sampler if sampler is None else sampler
@@ -99,12 +181,17 @@ def resolve(
         schedule = own.schedule if info.spacings is None or own.schedule in info.spacings else info.default_spacing
     if steps is None:
         steps = own.steps if sigmas is None else len([sigma for sigma in sigmas if sigma != 0])
+    if edit is None:
+        edit = resolved_edit(_path(init_image), strength, resize, _path(mask), mask_blur)
+    if edit is not None and (width is None) != (height is None):
+        raise UsageError("one of --width and --height is given for --init-image; give both, or neither to keep the picture's own size.")
+    size = (own.width, own.height) if edit is None else (edit.init_image.width, edit.init_image.height)
     request = Request(
         prompt=checked_text("the prompt", prompt),
         negative=checked_text("the negative prompt", negative) if negative else "",
         seeds=tuple(seeds),
-        width=own.width if width is None else width,
-        height=own.height if height is None else height,
+        width=size[0] if width is None else width,
+        height=size[1] if height is None else height,
         steps=steps,
         sampler=sampler,
         schedule="custom" if schedule is None else schedule,
@@ -119,24 +206,44 @@ def resolve(
         strict=strict,
         loras=tuple(loras),
         embeddings=tuple(one for one in embeddings if one.named_in(prompt, negative)),
+        edit=edit,
+        upscale=upscale if isinstance(upscale, Upscale) else resolved_upscale(upscale, upscale_mode, upscale_steps, upscale_strength, steps),
+        tile=tile,
     )
-    _check(folder, request)
+    check(folder, request)
     return request
+
+
+def _path(name: Path | str | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def most_together(request: Request) -> int:
+    """How many pictures of a request are computed together."""
+    last = rounds(request)[-1]
+    return max(1, min(BATCH_PICTURES, BATCH_PIXELS // (last.width * last.height)))
 
 
 def batches(request: Request) -> list[Request]:
     """Split into batches of at most 16 pictures and a million pixels, which fits the memory of any machine that can run the model at all."""
-    size = max(1, min(BATCH_PICTURES, BATCH_PIXELS // (request.width * request.height)))
+    size = most_together(request)
     return [replace(request, seeds=request.seeds[i : i + size]) for i in range(0, len(request.seeds), size)]
 
 
-def _check(folder: ModelFolder, request: Request) -> None:
+def check(folder: ModelFolder, request: Request) -> None:
+    """Check every value of a request against the model.
+
+    Raises:
+        UsageError: a value that cannot be used, with what was wanted.
+    """
     for name, side in (("width", request.width), ("height", request.height)):
         _within(name, side, folder.factor, RANGES[name][1])
         if side % folder.factor:
             below = side - side % folder.factor
-            near = f"{below} and {below + folder.factor}"
-            raise UsageError(f"--{name} {side} is not a multiple of {folder.factor}, which this model needs; the nearest that fit are {near}.")
+            near = f"{below} and {below + folder.factor}" if below else f"{folder.factor}"
+            whose = "" if request.edit is None or side != getattr(request.edit.init_image, name) else f" of {request.edit.init_image.name}"
+            raise UsageError(f"--{name} {side}{whose} is not a multiple of {folder.factor}, which this model needs; the nearest that fit are {near}.")
+    _check_edit(folder, request)
     _one_of("schedule", request.schedule, SPACINGS)
     _within("steps", request.steps, *RANGES["steps"])
     _within("guidance", request.guidance, *RANGES["guidance"])
@@ -164,3 +271,38 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise UsageError(f"--{name} {value!r} is not known; use one of {', '.join(known)}.")
+
+
+def _check_edit(folder: ModelFolder, request: Request) -> None:
+    """Check the edit, the second round and the tiling."""
+    edit, upscale = request.edit, request.upscale
+    if folder.inpaints and (edit is None or edit.mask is None):
+        raise UsageError(f"the model {folder.name!r} only repaints parts of pictures; give --init-image and --mask, or another model.")
+    if edit is not None:
+        _within("strength", edit.strength, *RANGES["strength"])
+        _one_of("resize", edit.resize, CHOICES["resize"])
+        _within("mask-blur", edit.mask_blur, *RANGES["mask_blur"])
+        _some_step("strength", edit.strength, request.steps)
+    if upscale is not None:
+        _within("upscale", upscale.factor, *RANGES["upscale"])
+        _one_of("upscale-mode", upscale.mode, CHOICES["upscale_mode"])
+        _within("upscale-steps", upscale.steps, *RANGES["upscale_steps"])
+        _within("upscale-strength", upscale.strength, *RANGES["upscale_strength"])
+        _some_step("upscale-strength", upscale.strength, upscale.steps)
+        for name, side in (("width", request.width), ("height", request.height)):
+            if side * upscale.factor % folder.factor or side * upscale.factor > RANGES[name][1]:
+                raise UsageError(
+                    f"--upscale {upscale.factor:g} makes the {name} {side * upscale.factor:g}; a multiple of {folder.factor} up to "
+                    f"{RANGES[name][1]:g} was wanted; choose another factor or size."
+                )
+        if edit is not None and edit.mask is not None:
+            raise UsageError("--upscale would change the pixels that --mask keeps; leave one of them out.")
+        if request.sigmas is not None and upscale.steps != request.steps:
+            raise UsageError("--upscale-steps and --sigmas contradict each other; leave one of them out.")
+    if request.tile is not None:
+        _one_of("tile", request.tile, CHOICES["tile"])
+
+
+def _some_step(name: str, strength: float, steps: int) -> None:
+    if first_step(steps, strength) == steps:
+        raise UsageError(f"--{name} {strength:g} of {steps} steps is less than one step; make it larger, or take more steps.")

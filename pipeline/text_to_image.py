@@ -1,12 +1,13 @@
 """From a prompt to pictures. READ THIS FIRST: `text_to_image` is the table of contents of the whole program.
 
-    encode ──> noise ──> schedule ──> denoise ──> decode
+    encode ──> schedule ──> noise ──> denoise ──> decode
 
-Each line of it leads to one folder: text_encoders/, seeds.py, schedulers/, unet/, vae/.
+Each line of it leads to one folder or file: text_encoders/, schedulers/, seeds.py and editing.py, unet/, vae/. A picture that is enlarged while it is
+drawn goes through the first four twice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,13 +20,13 @@ from ..contracts import Conditioning
 from ..errors import RenderError, UsageError
 from ..schedulers.guidance import Apg, Guidance, GuidedDenoiser, expert_scale, repeated
 from ..schedulers.registry import sampler_info
-from ..schedulers.schedules import make_schedule
 from ..schedulers.step import stages
 from ..vae.codec import to_uint8
+from .editing import begin, composited, keeping, round_schedule, round_shape, showing
 from .folder import ModelFolder
 from .loading import Encode, Model, Place
-from .request import Request
-from .seeds import draw, noise_source, streams
+from .request import Request, Round, recorded, rounds, steps_of
+from .seeds import noise_source, streams
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,45 +83,50 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
     if (request.loras, request.embeddings) != (model.adapters.loras, model.adapters.embeddings):
         raise ValueError("The request names other LoRAs or embeddings than the model was loaded with.")
 
-    # Encode: the prompt becomes tokens and a pooled vector; experts of different makes, as SDXL's base and refiner, read it each in its own way.
-    told = _encode(model, request)
-    truncated = words_lost({name: words for one in told.values() for name, words in one.overflow.items()}, request.strict)
+    folder, device, codec = model.folder, model.place.device, model.codec.tiled(request.tile)
+    generators, guidance = streams(request.seeds), guidance_policy(folder, request)
+    parts, truncated = rounds(request), dict[str, str]()
+    used, fallbacks, latents = list[tuple[str, float, float]](), [*model.fallbacks], None
+    for part in parts:
+        # Encode: the prompt becomes tokens and a pooled vector; experts of different makes, as SDXL's base and refiner, read it in their own ways.
+        told = _encode(model, request, part)
+        truncated = words_lost({name: words for one in told.values() for name, words in one.overflow.items()}, request.strict)
 
-    # Noise: each picture draws from its own stream.
-    generators = streams(request.seeds)
-    folder, device = model.folder, model.place.device
-    shape = (folder.channels, request.height // folder.factor, request.width // folder.factor)
-    noise = draw(generators, shape).to(device)
-    fresh = noise_source(generators, shape, device)
+        # Schedule: the noise levels that the sampler visits.
+        schedule = round_schedule(folder, request, part)
+        sampler = sampler_info(request.sampler)
+        options = {} if request.eta is None else {"eta": request.eta}
 
-    # Schedule: the noise levels that the sampler visits.
-    schedule = make_schedule(folder.noise, request.sampler, request.steps, spacing=request.schedule, sigmas=request.sigmas)
-    sampler = sampler_info(request.sampler)
-    options = {} if request.eta is None else {"eta": request.eta}
+        # Noise: each picture draws from its own stream; it begins in noise alone, in a picture under noise, or in a smaller drawing of itself.
+        start = begin(folder, lambda: codec, device, [request] * len(request.seeds), part, schedule, generators, latents)
+        fresh = noise_source(generators, round_shape(folder, part), device)
 
-    # Denoise: from expert to expert, the sampler asks the one whose noise levels these are, guided by what it is told.
-    experts, guidance = model.experts.table(schedule.timestep_at, added=model.adapters.unets), guidance_policy(folder, request)
-    latents, used = noise * schedule.initial_scale, list[tuple[str, float, float]]()
-    for first, end in stages(schedule.sigmas, experts.borders):
-        said = told[experts.expert_for(float(schedule.sigmas[first])).name]
-        denoise = partial(GuidedDenoiser(experts, guidance, said.negative), conditioning=said.prompt)
-        steps = sampler.function(denoise, latents, schedule.sigmas, fresh, borders=experts.borders, first=first, **options)
-        for step in islice(steps, end - first):
-            expert = experts.expert_for(step.sigma).name
-            latents = step.x
-            used.append((expert, step.sigma, step.sigma_next))
-            yield Progress(step.index, request.steps, step.sigma, expert, step.x0)
+        # Denoise: from expert to expert, the sampler asks the one whose noise levels these are, guided by what it is told.
+        experts, x = model.experts.table(schedule.timestep_at, added=model.adapters.unets, tile=request.tile), start.latents
+        for first, end in stages(schedule.sigmas, experts.borders, part.first):
+            said = told[experts.expert_for(float(schedule.sigmas[first])).name]
+            guided = partial(GuidedDenoiser(experts, guidance, said.negative), conditioning=showing(said.prompt, start))
+            denoise = keeping(guided, start.kept, float(schedule.sigmas[part.first]))
+            steps = sampler.function(denoise, x, schedule.sigmas, fresh, borders=experts.borders, first=first, **options)
+            for step in islice(steps, end - first):
+                expert = experts.expert_for(step.sigma).name
+                x = step.x
+                used.append((expert, step.sigma, step.sigma_next))
+                yield Progress(len(used) - 1, steps_of(request), step.sigma, expert, step.x0)
+        latents = x * schedule.final_scale
+        fallbacks += start.fallbacks
 
     # Decode: one picture at a time, so that the memory it takes does not grow with the batch.
+    assert latents is not None
     failed: list[RenderError] = []
     for index, seed in enumerate(request.seeds):
         try:
-            decoded = model.codec.decode(latents[index : index + 1] * schedule.final_scale)
+            decoded = codec.decode(latents[index : index + 1])
         except RenderError as error:
             failed.append(error)
             continue
-        settings = applied_settings(folder, model.place, request, seed, used, truncated, [*model.fallbacks, *decoded.fallbacks[0]])
-        yield Picture(index, seed, to_uint8(decoded.pixels)[0].cpu(), settings)
+        settings = applied_settings(folder, model.place, request, seed, used, truncated, [*fallbacks, *decoded.fallbacks[0]])
+        yield Picture(index, seed, composited(to_uint8(decoded.pixels)[0].cpu(), request.edit, parts[-1]), settings)
     if failed:
         raise RenderError(f"{len(failed)} of {len(request.seeds)} pictures could not be made: {failed[0]}")
 
@@ -141,16 +147,16 @@ def applied_settings(
         place: where it was computed.
         request: what was asked for; its fields are copied, except that `seeds` is called `batch` (results are exactly equal only in an equal batch).
         seed: the picture's own.
-        used: (expert, sigma, next sigma) of every step; written as one entry for each run of steps by the same expert.
+        used: (expert, sigma, next sigma) of every step that was taken; written as one entry for each run of steps by the same expert.
         truncated: encoder -> the words that it did not see.
         fallbacks: what had to be done differently.
     """
     experts: list[dict[str, Any]] = []
     for step, (name, sigma, sigma_next) in enumerate(used):
-        if not experts or experts[-1]["name"] != name:
+        if not experts or experts[-1]["name"] != name or sigma > experts[-1]["sigma_to"]:
             experts.append({"name": name, "first_step": step + 1, "sigma_from": sigma})
         experts[-1] |= {"last_step": step + 1, "sigma_to": sigma_next}
-    asked = asdict(request)
+    asked = recorded(request)
     asked["batch"] = list(asked.pop("seeds"))
     del asked["strict"]  # decides whether there is a picture, not what it looks like
     return {
@@ -165,7 +171,7 @@ def applied_settings(
         "attention": str(place.attention),
         "experts": experts,
         "truncated": dict(truncated),
-        "fallbacks": list(fallbacks),
+        "fallbacks": list(dict.fromkeys(fallbacks)),
     }
 
 
@@ -191,11 +197,11 @@ class _Told:
     overflow: dict[str, str]
 
 
-def _encode(model: Model, request: Request) -> dict[str, _Told]:
-    """What each expert is told; the same object for those that read prompts alike."""
+def _encode(model: Model, request: Request, part: Round) -> dict[str, _Told]:
+    """What each expert is told in a round; the same object for those that read prompts alike."""
     told: dict[Encode, _Told] = {}
     for encode in dict.fromkeys(model.readers.values()):
-        prompt, negative = encode(request.prompt, request.negative, request.width, request.height)
+        prompt, negative = encode(request.prompt, request.negative, part.width, part.height)
         overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
         told[encode] = _Told(repeated(prompt.conditioning, len(request.seeds)), negative.conditioning, overflow)
     return {name: told[encode] for name, encode in model.readers.items()}

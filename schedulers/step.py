@@ -64,16 +64,17 @@ def intervals(sigmas: Tensor, first: int) -> Iterator[tuple[int, float, float]]:
             yield i, sigma, sigma_next
 
 
-def stages(sigmas: Tensor, borders: Sequence[float]) -> list[tuple[int, int]]:
+def stages(sigmas: Tensor, borders: Sequence[float], first: int = 0) -> list[tuple[int, int]]:
     """The runs of steps between borders, [first, end), in their order: what each expert does of a run.
 
     Args:
         sigmas: (steps + 1,) falling.
         borders: sigmas at which the expert changes, in any order.
+        first: number of the step that the run begins with.
     """
     last = len(sigmas) - 1
-    ends = [i + 1 for i, sigma, sigma_next in intervals(sigmas, 0) if i + 1 < last and crosses(borders, sigma, sigma_next)]
-    return list(pairwise([0, *ends, last]))
+    ends = [i + 1 for i, sigma, sigma_next in intervals(sigmas, first) if i + 1 < last and crosses(borders, sigma, sigma_next)]
+    return list(pairwise([first, *ends, last]))
 
 
 def batch_sigma(sigma: Tensor, x: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError, UsageError
+from ..pictures import decode_picture
 from .check import Damage, Sample, ShardReport, check_shard
 from .encoded_members import ENCODING_MEMBER, StoredEncoding, check_content, differences, read_header
-from .pictures import decode_picture
 from .specs import read_range, shard_name
 
 MAX_LOST = 0.01

@@ -8,6 +8,7 @@ from sys import intern
 from typing import BinaryIO, cast
 
 from ..errors import DataError
+from ..pictures import SIGNATURE_BYTES, decode_picture, has_signature
 from .columns import Columns, read_columns
 from .encoded_members import (
     ENCODED_SUFFIX,
@@ -19,7 +20,6 @@ from .encoded_members import (
     read_header,
     sample_header,
 )
-from .pictures import SIGNATURE_BYTES, decode_picture, has_signature
 from .scan import Gap, Member, scan
 
 MAX_PICTURE_BYTES = 1 << 26

@@ -25,6 +25,13 @@ def sd2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import inpainting_folder
+
+    return _made(tmp_path_factory, "tiny-inpainting", inpainting_folder)
+
+
+@pytest.fixture(scope="session")
 def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import sdxl_folder
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {name: {name} for name in BOTTOM} | {
     "batch": {"batch", "pipeline", *BOTTOM},
     "cli": {"cli", "batch", "pipeline", "shards", "training"},
 }
-SHARED = {"contracts", "attention", "errors", "strict_json", "weights", "__init__", ""}
+SHARED = {"contracts", "attention", "errors", "strict_json", "pictures", "seamless", "weights", "__init__", ""}
 
 
 def _imported_folders(path: Path) -> set[str]:

@@ -86,11 +86,11 @@ def noise_predicting(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     Channels 2c and 2c + 1 carry +x_c and −x_c from `conv_in` over the last skip to `conv_out`, where silu(a) − silu(−a) = a.
     Everything else that the network computes is added at a tenth.
     """
-    latents = unet.config["in_channels"]
+    latents = unet.config["out_channels"]
     signs = torch.eye(latents).repeat_interleave(2, dim=0) * torch.tensor([1.0, -1.0]).repeat(latents)[:, None]  # (2·latents, latents)
     carried = slice(0, 2 * latents)
     unet.conv_in.weight[carried], unet.conv_in.bias[carried] = 0, 0
-    unet.conv_in.weight[carried, :, 1, 1] = signs
+    unet.conv_in.weight[carried, :latents, 1, 1] = signs
     last, width = unet.up_blocks[-1].resnets[-1], unet.conv_in.out_channels
     last.conv_shortcut.weight[carried], last.conv_shortcut.bias[carried] = 0, 0
     last.conv_shortcut.weight[carried, width : width + 2 * latents, 0, 0] = torch.eye(2 * latents)
@@ -103,11 +103,18 @@ def noise_predicting(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return unet
 
 
-def sd_folder(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """Stable Diffusion 1 (epsilon) or 2 (v_prediction) in miniature: 32 pixels, 16 latents."""
+def sd_folder(folder: Path, prediction_type: str = "epsilon", shown: int = 0) -> Path:
+    """Stable Diffusion 1 (epsilon) or 2 (v_prediction) in miniature: 32 pixels, 16 latents; with channels that show an inpainting network more."""
     second = prediction_type == "v_prediction"
     unet = randomised(
-        UNet2DConditionModel(**_UNET, cross_attention_dim=16, attention_head_dim=(2, 4) if second else 4, use_linear_projection=second), 3
+        UNet2DConditionModel(
+            **_UNET,
+            in_channels=4 + shown,
+            cross_attention_dim=16,
+            attention_head_dim=(2, 4) if second else 4,
+            use_linear_projection=second,
+        ),
+        3,
     )
     StableDiffusionPipeline(
         vae=randomised(AutoencoderKL(**_VAE), 1),
@@ -120,6 +127,11 @@ def sd_folder(folder: Path, prediction_type: str = "epsilon") -> Path:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+def inpainting_folder(folder: Path) -> Path:
+    """Stable Diffusion 1's inpainting model in miniature: a U-Net of 9 channels."""
+    return sd_folder(folder, shown=5)
 
 
 def sdxl_folder(folder: Path) -> Path:

@@ -71,7 +71,10 @@ class UNetDenoiser:
         prompt = self._prompt(conditioning)
         level = sigma.float().view(-1, *[1] * (x.ndim - 1))
         noise_scale = (level**2 + 1).sqrt()
-        scaled = (x.float() / noise_scale).to(self.unet.conv_in.weight.dtype)
+        scaled = x.float() / noise_scale
+        if conditioning.shown is not None:
+            scaled = torch.cat([scaled, conditioning.shown], dim=1)
+        scaled = scaled.to(self.unet.conv_in.weight.dtype)
         t = self.to_timestep(sigma).to(x.device)
         output = self.unet(scaled, t, prompt.keys_values, prompt.mask, prompt.pooled, prompt.size_ids, self.recorder).float()
         if self.prediction_type == "epsilon":
@@ -107,6 +110,12 @@ class UNetDenoiser:
 
 def _check_fit(unet: UNet, conditioning: Conditioning) -> None:
     config = unet.config
+    shown = 0 if conditioning.shown is None else conditioning.shown.shape[1]
+    if shown != (config.out_channels + 1 if config.in_channels == 2 * config.out_channels + 1 else 0):
+        raise ModelError(
+            f"The U-Net takes {config.in_channels} channels, and {shown} of a masked picture came beside the latents; an inpainting U-Net needs a "
+            "masked picture, and no other takes one."
+        )
     width = config.cross_attention_dim if config.encoder_hid_dim is None else config.encoder_hid_dim
     if conditioning.tokens.shape[-1] != width:
         raise ModelError(

@@ -277,5 +277,5 @@ def _number(path: Path, item: dict[str, Any], field: str) -> float:
 
 
 def _rows(conditioning: Conditioning, rows: list[int]) -> Conditioning:
-    mask, pooled, size_ids = (None if t is None else t[rows] for t in (conditioning.mask, conditioning.pooled, conditioning.size_ids))
-    return Conditioning(conditioning.tokens[rows], mask, pooled, size_ids)
+    rest = (conditioning.mask, conditioning.pooled, conditioning.size_ids, conditioning.shown)
+    return Conditioning(conditioning.tokens[rows], *(None if t is None else t[rows] for t in rest))

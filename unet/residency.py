@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionBackend
+from ..errors import UsageError
+from ..seamless import wrapped
 from ..weights import fill, read_json, without_storage
 from .config import UNetConfig
 from .deltas import Bases, chain, check_hashes, origin, read_expert
@@ -106,6 +108,7 @@ class ExpertPool:
         *,
         ahead: bool = True,
         added: Mapping[str, Added] | None = None,
+        tile: str | None = None,
     ) -> ExpertTable:
         """The experts as the `Denoiser` of one run.
 
@@ -114,11 +117,20 @@ class ExpertPool:
             recorder: see `UNetDenoiser`.
             ahead: prefetch the next expert when a run comes near its border; else it is the caller's to call `prefetch`.
             added: expert -> what LoRAs add to it; None for nothing.
+            tile: "x", "y" or "xy", along which the run's pictures meet themselves; the experts of other runs do not.
         """
         changes = {} if added is None else added
+        around: WeakKeyDictionary[UNet, UNet] = WeakKeyDictionary()  # of this run: network -> its twin that looks around the edge
 
         def load(name: str) -> UNetDenoiser:
-            return replace(self.get_adapted(name, changes.get(name, NOTHING)), to_timestep=to_timestep, recorder=recorder)
+            denoiser = replace(self.get_adapted(name, changes.get(name, NOTHING)), to_timestep=to_timestep, recorder=recorder)
+            if tile is None:
+                return denoiser
+            if not isinstance(denoiser.unet, UNet):  # pyright: ignore[reportUnnecessaryIsInstance]  # the library's is passed off as ours
+                raise UsageError("--tile needs U-Nets that our own network covers, and this model's are computed by diffusers; leave it out.")
+            if denoiser.unet not in around:
+                around[denoiser.unet] = wrapped(denoiser.unet, tile)
+            return replace(denoiser, unet=around[denoiser.unet])
 
         def expert(entry: ExpertEntry) -> Expert:
             name, identity = entry.name, self._identities.get(entry.name)

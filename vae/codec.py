@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, RenderError, UsageError
+from ..seamless import wrapped
 from .autoencoder import Autoencoder
 from .autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from .config import AutoencoderConfig
@@ -101,6 +102,18 @@ class LatentCodec:
         self.vae = vae.float() if forced else vae
         self.config = vae.config
         self.tile_rows = tile_rows
+
+    def tiled(self, axes: str | None) -> "LatentCodec":
+        """A codec of pictures that meet themselves along `axes` ("x", "y" or "xy"), over the same weights; this one where there are none.
+
+        Raises:
+            UsageError: the autoencoder is the library's, whose padding is its own.
+        """
+        if axes is None:
+            return self
+        if not isinstance(self.vae, LatentModel):  # pyright: ignore[reportUnnecessaryIsInstance]  # the library's is passed off as ours
+            raise UsageError("--tile needs an autoencoder that our own network covers, and this model's is computed by diffusers; leave it out.")
+        return LatentCodec(wrapped(self.vae, axes), self.tile_rows)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Encoded:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import AttentionBackend, attention, join_heads, split_heads
+from ..seamless import axes_of, pad
 
 NORM_EPS = 1e-6
 
@@ -70,7 +71,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve both sides by a strided 3×3 convolution; the zero padding is on the right and at the bottom only."""
+    """Halve both sides by a strided 3×3 convolution; the padding is on the right and at the bottom only."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -78,7 +79,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, h, w) to (batch, channels, h // 2, w // 2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(pad(x, (0, 1, 0, 1), axes_of(self.conv)))
 
 
 class Upsample(nn.Module):

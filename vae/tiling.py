@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..seamless import axes_of, pad
 from .autoencoder import Autoencoder
 from .layers import DownBlock, Downsample, ResnetBlock, UpBlock, Upsample
 
@@ -78,23 +79,35 @@ def _items(modules: nn.ModuleList, kind: type[Layer]) -> list[Layer]:
     return [module for module in modules if isinstance(module, kind)]
 
 
-def _windows(strips: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
-    """Take strips off the list; yield each with its window, which has one row more of each neighbour, and the rows of padding above and below."""
-    above: list[Tensor] = []
+def _windows(strips: list[Tensor], axes: str | None) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
+    """Take strips off the list; yield each with its window, which has one row more of each neighbour, and the rows of padding above and below.
+
+    Where the picture meets itself along "y", the first and the last strip are neighbours.
+    """
+    around = axes is not None and "y" in axes
+    first = [strips[0][:, :, :1].clone()] if around else []
+    above = [strips[-1][:, :, -1:].clone()] if around else []
     while strips:
         strip = strips.pop(0)
-        below = [strips[0][:, :, :1]] if strips else []
+        below = [strips[0][:, :, :1]] if strips else first
         yield strip, torch.cat([*above, strip, *below], dim=2), (1 - len(above), 1 - len(below))
         above = [strip[:, :, -1:].clone()]
 
 
 def _convolve(conv: nn.Conv2d, window: Tensor, padding: tuple[int, int]) -> Tensor:
-    """3×3 convolution of a window: zeros left and right, and above and below only at the edge of the picture."""
+    """3×3 convolution of a window: zeros, or the opposite edge, left and right; zeros above and below only at the edge of the picture."""
+    if _beside(conv) is not None:
+        return F.conv2d(pad(window, (1, 1, *padding), "x"), conv.weight, conv.bias)
     return F.conv2d(F.pad(window, (0, 0, *padding)) if any(padding) else window, conv.weight, conv.bias, padding=(0, 1))
 
 
+def _beside(conv: nn.Conv2d) -> str | None:
+    """ "x" where left meets right; what is above and below is in the windows."""
+    return "x" if "x" in (axes_of(conv) or "") else None
+
+
 def _conv3x3(conv: nn.Conv2d, strips: list[Tensor], before: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    return [_convolve(conv, before(window), padding) for _, window, padding in _windows(strips)]
+    return [_convolve(conv, before(window), padding) for _, window, padding in _windows(strips, axes_of(conv))]
 
 
 def _resnet(block: ResnetBlock, strips: list[Tensor]) -> list[Tensor]:
@@ -102,11 +115,11 @@ def _resnet(block: ResnetBlock, strips: list[Tensor]) -> list[Tensor]:
     norm1 = _norm_silu(block.norm1, strips)
     hidden: list[Tensor] = []
     skips: list[Tensor] = []
-    for strip, window, padding in _windows(strips):
+    for strip, window, padding in _windows(strips, axes_of(block.conv1)):
         hidden.append(_convolve(block.conv1, norm1(window), padding))
         skips.append(strip if block.conv_shortcut is None else block.conv_shortcut(strip))
     norm2 = _norm_silu(block.norm2, hidden)
-    for skip, (_, window, padding) in zip(skips, _windows(hidden), strict=True):
+    for skip, (_, window, padding) in zip(skips, _windows(hidden, axes_of(block.conv2)), strict=True):
         skip += _convolve(block.conv2, norm2(window), padding)
     return skips
 
@@ -114,7 +127,7 @@ def _resnet(block: ResnetBlock, strips: list[Tensor]) -> list[Tensor]:
 def _upsample(upsample: Upsample, strips: list[Tensor]) -> list[Tensor]:
     """Run `Upsample`: of a neighbour's row, doubled, only the nearer copy is within reach of the convolution."""
     doubled: list[Tensor] = []
-    for _, window, (top, bottom) in _windows(strips):
+    for _, window, (top, bottom) in _windows(strips, axes_of(upsample.conv)):
         twice = F.interpolate(window, scale_factor=2.0, mode="nearest")
         doubled.append(_convolve(upsample.conv, twice[:, :, 1 - top : twice.shape[2] - 1 + bottom], (top, bottom)))
     return doubled
@@ -123,8 +136,9 @@ def _upsample(upsample: Upsample, strips: list[Tensor]) -> list[Tensor]:
 def _downsample(downsample: Downsample, strips: list[Tensor]) -> list[Tensor]:
     """Run `Downsample`: strips have an even number of rows, so that each needs only the first row below it."""
     halved: list[Tensor] = []
-    for _, window, (top, bottom) in _windows(strips):
-        halved.append(downsample.conv(F.pad(window[:, :, 1 - top :], (0, 1, 0, bottom))))
+    conv = downsample.conv
+    for _, window, (top, bottom) in _windows(strips, axes_of(conv)):
+        halved.append(F.conv2d(pad(window[:, :, 1 - top :], (0, 1, 0, bottom), _beside(conv)), conv.weight, conv.bias, stride=2))
     return halved
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from shards import write_shard
 from tu_diffuse.cli.experts import _suggested
 from tu_diffuse.cli.main import run
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.training.boundary import Suggestion
 from tu_diffuse.training.forking import put_weights
 from world import STAGES
+
+from shards import write_shard
 
 Call = Callable[..., dict[str, Any]]
 COMMANDS = ("show", "fork", "compose", "merge", "drop", "suggest-boundary")

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shards import write_shard
 from tu_diffuse.cli.main import run
 from tu_diffuse.training.checkpoints import load_newest
 from world import STAGES
+
+from shards import write_shard
 
 COMMON = ["--batch-size", "4", "--resolution", "32", "--lr", "1e-3", "--save-every", "2", "--threads", "1", "--device", "cpu"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -5,8 +5,9 @@ import tarfile
 
 import numpy as np
 import pytest
-import shards
 from PIL import Image
+
+import shards
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Encoded pictures of shards to pixels. Three formats, whole files only, and no more pixels than a picture can have."""
+"""Encoded pictures, of shards or to be edited, to pixels. Three formats, whole files only, and no more pixels than a picture can have."""
 
 import io
 import warnings
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ..errors import DataError
+from .errors import DataError
 
 MAX_PIXELS = 1 << 26  # 8192 x 8192; a small file can claim billions
 SIGNATURE_BYTES = 12
@@ -36,6 +36,12 @@ def decode_picture(data: bytes) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged data
         raise DataError(f"it cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def is_opaque(data: bytes) -> bool:
+    """Whether no pixel of a picture that `decode_picture` takes is transparent, even in part."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        return not picture.has_transparency_data or bool((np.asarray(picture.convert("RGBA"))[:, :, 3] == 255).all())
 
 
 def has_signature(start: bytes) -> bool:

@@ -13,7 +13,7 @@ import tu_diffuse
 from PIL import Image
 from shard_sets import encoded
 from tu_diffuse.errors import DataError
-from tu_diffuse.shards.pictures import decode_picture, has_signature
+from tu_diffuse.pictures import decode_picture, has_signature
 
 
 def save(picture: Image.Image, picture_format: str, **options: object) -> bytes:

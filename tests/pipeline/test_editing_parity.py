@@ -1,0 +1,142 @@
+"""The same picture, mask, seed and sampler give the latents of diffusers' own img2img and inpainting pipelines."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.loading import Model, load_model
+from tu_diffuse.pipeline.request import resolve
+from tu_diffuse.pipeline.text_to_image import text_to_image
+from tu_diffuse.vae.codec import LatentCodec
+
+TOLERANCE = 1e-4
+PROMPT = "a red apple"
+COMMON: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SAMPLERS = [
+    ("euler", "EulerDiscreteScheduler", "leading", {"timestep_spacing": "leading"}, 1.0),
+    ("euler_a", "EulerAncestralDiscreteScheduler", "linspace", {}, 0.8),
+    ("heun", "HeunDiscreteScheduler", "linspace", {}, 0.5),
+    ("ddim", "DDIMScheduler", "leading", {"clip_sample": False, "set_alpha_to_one": True}, 0.5),
+    ("dpmpp_2m", "DPMSolverMultistepScheduler", "linspace", {}, 0.5),
+    ("unipc", "UniPCMultistepScheduler", "linspace", {}, 1.0),
+]
+"""Name, diffusers' class, spacing, its options, and the strength it is tried with."""
+STOCHASTIC = ("euler_a",)
+
+
+@cache
+def _ours(folder: Path) -> Model:
+    return load_model(open_folder(folder), dtype="float32", device="cpu")
+
+
+@cache
+def _theirs(folder: Path, kind: str) -> Any:
+    import diffusers
+
+    pipeline = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class _Listening(LatentCodec):
+    """A codec that remembers the latents it was given to decode."""
+
+    def __init__(self, codec: LatentCodec, heard: list[Tensor]) -> None:
+        self.__dict__.update(codec.__dict__)
+        self.heard = heard
+
+    def decode(self, latents: Tensor) -> Any:
+        self.heard.append(latents)
+        return super().decode(latents)
+
+
+def _latents(folder: Path, **asked: Any) -> Tensor:
+    model, heard = _ours(folder), list[Tensor]()
+    list(text_to_image(replace(model, codec=_Listening(model.codec, heard)), resolve(model.folder, PROMPT, [11], **asked)))
+    return torch.cat(heard)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mask(picture: Path) -> Path:
+    """Its edges lie on the latents' grid, where our rule (a position is repainted if any of its pixels is) and diffusers' agree."""
+    white = np.zeros((32, 32), np.uint8)
+    white[8:24, 12:32] = 255
+    Image.fromarray(white).save(picture.with_name("mask.png"))
+    return picture.with_name("mask.png")
+
+
+def _compare(folder: Path, kind: str, sampler: Any, strength: float, picture: Path, mask: Path | None) -> None:
+    import diffusers
+
+    name, scheduler, schedule, options, _ = sampler
+    pipeline = _theirs(folder, kind)
+    pipeline.scheduler = getattr(diffusers, scheduler)(**COMMON, **options, prediction_type=pipeline.scheduler.config.prediction_type)
+    wanted = pipeline(
+        PROMPT,
+        image=Image.open(picture),
+        strength=strength,
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(11),
+        output_type="latent",
+        **({} if mask is None else {"mask_image": Image.open(mask), "height": 32, "width": 32}),
+    ).images
+    asked = {"steps": 8, "guidance": 4.0, "sampler": name, "schedule": schedule, "init_image": picture, "strength": strength, "mask": mask}
+    got = _latents(folder, **asked)
+    assert wanted.std() > 0.02
+    difference = float((got - wanted).abs().max())
+    print(f"{kind} {name} {strength} {difference:.1e} of {float(wanted.abs().max()):.1f}")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler[0])
+def test_img2img(sd1_folder: Path, picture: Path, sampler: Any):
+    _compare(sd1_folder, "StableDiffusionImg2ImgPipeline", sampler, sampler[4], picture, None)
+
+
+@pytest.mark.parametrize(("folder", "kind"), [("sd2_folder", "StableDiffusionImg2ImgPipeline"), ("sdxl_folder", "StableDiffusionXLImg2ImgPipeline")])
+def test_img2img_of_other_families(request: pytest.FixtureRequest, picture: Path, folder: str, kind: str):
+    for strength in (0.3, 0.8):
+        _compare(request.getfixturevalue(folder), kind, SAMPLERS[0], strength, picture, None)
+
+
+@pytest.mark.parametrize("sampler", [one for one in SAMPLERS if one[0] not in STOCHASTIC], ids=lambda sampler: sampler[0])
+def test_inpainting_with_an_ordinary_network(sd1_folder: Path, picture: Path, mask: Path, sampler: Any):
+    """Ancestral samplers are left out: diffusers spends a draw on the masked picture, which an ordinary network never sees."""
+    _compare(sd1_folder, "StableDiffusionInpaintPipeline", sampler, sampler[4], picture, mask)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler[0])
+def test_inpainting_with_an_inpainting_network(inpainting_folder: Path, picture: Path, mask: Path, sampler: Any):
+    _compare(inpainting_folder, "StableDiffusionInpaintPipeline", sampler, sampler[4], picture, mask)
+
+
+def test_sdxl_inpainting(sdxl_folder: Path, picture: Path, mask: Path):
+    for strength in (0.5, 1.0):
+        _compare(sdxl_folder, "StableDiffusionXLInpaintPipeline", SAMPLERS[0], strength, picture, mask)
+
+
+def test_what_is_asked_changes_the_latents(inpainting_folder: Path, sd1_folder: Path, picture: Path, mask: Path, tmp_path: Path):
+    """So that the comparisons above cannot pass with picture, mask or strength left out."""
+    other, half = tmp_path / "other.png", tmp_path / "half.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(other)
+    Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 16, 0).repeat(32, 1)).save(half)
+    for folder in (inpainting_folder, sd1_folder):
+        asked: dict[str, Any] = {"steps": 4, "sampler": "euler", "init_image": picture, "mask": mask, "strength": 0.75}
+        base = _latents(folder, **asked)
+        for change in ({"init_image": other}, {"mask": half}, {"strength": 0.5}):
+            assert (_latents(folder, **(asked | change)) - base).abs().max() > 10 * TOLERANCE, change
