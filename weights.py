@@ -1,5 +1,8 @@
 """Weights from disk into a module: safetensors only, everything checked before it is used, memory-mapped where nothing has to be converted.
 
+A path may lead into a single-file checkpoint as into a folder: `model.safetensors/epsilon/unet` is the U-Net in `model.safetensors`, which predicts
+noise. `read_weights`, `read_headers` and `read_json` answer for such paths as for those of the model folder that the file would be.
+
 Build the module without storage (`with torch.device("meta"): module = UNet(config)`) and hand it to `load_weights`. The meta context also catches
 buffers: a module whose buffers are not in its files makes them in `forward`, or names their device (`torch.arange(n, device="cpu")`), which wins
 over the context. A tensor that is still without storage after loading is an error here, not garbage later.
@@ -11,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,12 +22,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import ModelError, UnsafeError
+from .single_file import PICKLE_SUFFIXES, SUFFIX
+from .single_file.documents import documents
+from .single_file.layout import Layout, Piece, layout_of
 from .strict_json import parse_json
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 4 * 2**20
 MAX_TENSORS = 20_000
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 _PICKLE_STARTS = (b"PK", *(bytes((0x80, protocol)) for protocol in range(2, 6)), b"\x93NUMPY")
 _SIZES = {1: "BOOL U8 I8 F8_E4M3 F8_E5M2", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64 F64"}
 _BYTES = {dtype: size for size, dtypes in _SIZES.items() for dtype in dtypes.split()}
@@ -75,6 +80,9 @@ def read_weights(folder: Path, stem: str = "diffusion_pytorch_model", variant: s
         UnsafeError: the folder holds pickle files only.
         ModelError: missing or damaged files, or two that hold a tensor of the same name.
     """
+    inner = within_single_file(folder)
+    if inner is not None:
+        return _read_component(inner)
     state: dict[str, Tensor] = {}
     for path in weight_files(folder, stem, variant):
         tensors = read_safetensors(path)
@@ -128,6 +136,60 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **named)
 
 
+class Inner(NamedTuple):
+    """A place in a single-file checkpoint.
+
+    Attributes:
+        file: the checkpoint.
+        prediction: "epsilon" or "v_prediction".
+        name: component, or path of a JSON file, as a model folder has them; "" for the whole.
+    """
+
+    file: Path
+    prediction: str
+    name: str
+
+
+def within_single_file(path: Path) -> Inner | None:
+    """Where a path leads that goes through a single-file checkpoint; None for any other."""
+    file = next((above for above in path.parents if above.suffix == SUFFIX and above.is_file()), None)
+    if file is None:
+        return None
+    prediction, *rest = path.relative_to(file).parts
+    return Inner(file, prediction, "/".join(rest))
+
+
+def single_file_layout(file: Path) -> Layout:
+    """What a single-file checkpoint holds.
+
+    Raises:
+        ModelError: a damaged file, or one of no family that is known.
+    """
+    return layout_of(file.name, *_header(file))
+
+
+def _read_component(inner: Inner) -> dict[str, Tensor]:
+    pieces = _pieces(inner)
+    read_header(inner.file)
+    try:
+        with safe_open(inner.file, framework="pt", device="cpu") as file:
+            return {name: _cut(file.get_tensor(piece.name), piece) for name, piece in pieces.items()}
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{inner.file} is not a whole safetensors file ({error}); fetch or save it again.") from error
+
+
+def _pieces(inner: Inner) -> Mapping[str, Piece]:
+    components = single_file_layout(inner.file).components
+    if inner.name not in components:
+        raise ModelError(f"{inner.file} has no component {inner.name!r}; it has {', '.join(components)}.")
+    return components[inner.name]
+
+
+def _cut(tensor: Tensor, piece: Piece) -> Tensor:
+    part = tensor if piece.rows is None else tensor[piece.rows[0] : piece.rows[1]]
+    return (part.T.contiguous() if piece.transposed else part).reshape(piece.shape)
+
+
 def weight_files(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> list[Path]:
     """Find the safetensors files that hold a folder's weights: one, or the shards that its index names.
 
@@ -140,6 +202,9 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model", variant: s
         UnsafeError: only pickle files are there.
         ModelError: nothing is there, the variant is not, several variants are, a shard is missing, or the index points outside the folder.
     """
+    inner = within_single_file(folder)
+    if inner is not None:
+        return [inner.file]
     wanted = variant if variant is not None or _names(folder, stem, None) is not None else _only_variant(folder, stem)
     found = _names(folder, stem, wanted)
     if found is None:
@@ -174,6 +239,40 @@ def read_header(path: Path) -> dict[str, Any]:
         UnsafeError: it is a pickle under another name.
         ModelError: as `read_safetensors`.
     """
+    return _header(path)[0]
+
+
+def read_headers(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> dict[str, Any]:
+    """`read_header` over all files of a component; arguments and errors as for `read_weights`. Of `data_offsets` only the difference, the tensor's
+    bytes, means something."""
+    inner = within_single_file(folder)
+    if inner is None:
+        return {name: entry for path in weight_files(folder, stem, variant) for name, entry in read_header(path).items()}
+    header = read_header(inner.file)
+    found: dict[str, Any] = {}
+    for name, piece in _pieces(inner).items():
+        entry = header[piece.name]
+        start, end = entry["data_offsets"]
+        size = (end - start) * math.prod(piece.shape) // max(1, math.prod(entry["shape"]))
+        found[name] = {"dtype": entry["dtype"], "shape": list(piece.shape), "data_offsets": [start, start + size]}
+    return found
+
+
+def weight_bytes(folder: Path, stem: str = "diffusion_pytorch_model") -> int:
+    """What a component's weight files take, or its share of a single file."""
+    if within_single_file(folder) is not None:
+        return sum(map(tensor_bytes, read_headers(folder).values()))
+    return sum(path.stat().st_size for path in weight_files(folder, stem))
+
+
+def tensor_bytes(entry: Mapping[str, Any]) -> int:
+    """What a tensor takes in its file, from its entry in the header."""
+    start, end = entry["data_offsets"]
+    return end - start
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a safetensors file says of its tensors, and its metadata."""
     if not path.is_file():
         raise ModelError(f"{path} is not a file; a safetensors file was wanted.")
     try:
@@ -188,13 +287,13 @@ def read_header(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} has no readable safetensors header ({error}); fetch or save it again.") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path} has no readable safetensors header (not a JSON object); fetch or save it again.")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     if len(header) > MAX_TENSORS:
         raise ModelError(f"{path} claims {len(header)} tensors, more than the {MAX_TENSORS} that are allowed.")
     spans = sorted(_span(path, name, tensor) for name, tensor in header.items())
     if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), size - 8 - length]:
         raise ModelError(f"{path} is not a whole safetensors file: its tensors do not fill it without gap or overlap; fetch or save it again.")
-    return header
+    return header, metadata if isinstance(metadata, dict) else {}
 
 
 def _not_safetensors(path: Path, prefix: bytes, why: str) -> NoReturn:
@@ -239,6 +338,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: there is no such file, or it holds something else.
     """
+    inner = within_single_file(path)
+    if inner is not None:
+        files = documents(single_file_layout(inner.file), inner.prediction)
+        if inner.name not in files:
+            raise ModelError(f"{inner.file} has no {inner.name!r} as a model folder; it has {', '.join(files)}.")
+        return files[inner.name]
     if not path.is_file():
         raise ModelError(f"{path} is not there, or no file; fetch the model again.")
     try:

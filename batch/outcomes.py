@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import UsageError
 from ..pipeline.folder import EMBEDDED, ModelFolder
 from ..pipeline.request import Request, resolve
+from ..weights import within_single_file
 from .items import Item
 from .journal import Entry, read_journal
 from .plan import Plan
@@ -98,6 +99,7 @@ def shared_arguments(folder: ModelFolder, **circumstances: str) -> list[str]:
     """The arguments of `generate` that all pictures of a run share: the model by its name (paths stay private), and what is not "auto"."""
     name = folder.name if folder.commit is None else f"{folder.name}@{folder.commit}"
     model = [] if folder.path == EMBEDDED else ["--model", name]
+    model += [] if within_single_file(folder.path) is None else ["--prediction-type", folder.noise.prediction_type]
     return model + [part for name, value in circumstances.items() if value != "auto" for part in (f"--{name}", value)]
 
 

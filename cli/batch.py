@@ -24,6 +24,7 @@ from .options import (
     Mask,
     MaskBlur,
     Model,
+    PredictionType,
     Resize,
     Strength,
     Tile,
@@ -85,6 +86,7 @@ def batch(
     prompts: Annotated[Path | None, typer.Argument(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .tsv; - reads standard input.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; the same command again goes on where it stopped.")] = None,
     model: Model = None,
+    prediction_type: PredictionType = None,
     kind: Annotated[str | None, typer.Option(help="txt, jsonl, csv or tsv. [default: from the file's name or its first line]")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a .jsonl line, and stop.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop before loading when a line is bad; refuse words beyond the text encoders.")] = False,
@@ -208,7 +210,7 @@ def batch(
     from ..pipeline.output import try_folder
 
     file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
-    folder = open_folder(model)
+    folder = open_folder(model, prediction_type)
     placed = (device if devices is None else devices).split(",")
     places = [choose_place(dtype, name, attention) for name in placed]
     where = [{"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)} for place in places]

@@ -23,6 +23,7 @@ from .options import (
     Mask,
     MaskBlur,
     Model,
+    PredictionType,
     Resize,
     Strength,
     Tile,
@@ -38,6 +39,7 @@ def generate(
         list[str], typer.Argument(metavar="PROMPT...", help="What the picture should show; several make several pictures; - reads standard input.")
     ],
     model: Model = None,
+    prediction_type: PredictionType = None,
     out: Annotated[Path | None, typer.Option(help="File (.png, .jpg, .webp) or folder. [default: the current folder]")] = None,
     seed: Annotated[int | None, typer.Option(help="0..4294967295. [default: random, recorded in the picture]")] = None,
     count: Annotated[int, typer.Option(help="Pictures of each prompt, with the seeds SEED, SEED+1, ...")] = 1,
@@ -89,6 +91,8 @@ def generate(
 
       tu-diffuse generate "a castle" --model my-sd15 --lora style.safetensors:0.8 --lora light.safetensors
 
+      tu-diffuse generate "a lighthouse" --model sd21-768.safetensors --prediction-type v
+
       echo "a green heart" | tu-diffuse generate - --out heart.webp
 
       tu-diffuse generate "a green star" --init-image photo.jpg --mask hole.png
@@ -117,7 +121,7 @@ def generate(
     from ..pipeline.text_to_image import Progress, text_to_image
     from .progress import Reporter
 
-    folder = open_folder(model)
+    folder = open_folder(model, prediction_type)
     shelf = Shelf(folder)
     loras, embeddings = [shelf.lora(text) for text in lora or []], [shelf.embedding(text) for text in embedding or []]
     requests = [

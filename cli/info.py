@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .options import Debug, Json
+from ..single_file import PICKLE_SUFFIXES, SUFFIX
+from .options import Debug, Json, PredictionType
 
 
 def info(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[PICTURE|FOLDER]", help="A picture or a model folder. [default: the embedded model]")
+        Path | None, typer.Argument(metavar="[PICTURE|MODEL]", help="A picture, or a model's folder or single file. [default: the embedded model]")
     ] = None,
+    prediction_type: PredictionType = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -26,12 +28,16 @@ def info(
 
       tu-diffuse info models/my-sdxl --json
 
+      tu-diffuse info sd15.safetensors
+
     With --json one line: for a picture the settings it carries, for a model what tu-diffuse models info prints.
     """
     del debug  # read in main.py
     if path is not None and not path.exists():
-        raise UsageError(f"{str(path)!r} is not there; name a picture or a model folder.")
-    if path is not None and path.is_file():
+        raise UsageError(f"{str(path)!r} is not there; name a picture or a model.")
+    if path is not None and path.is_file() and path.suffix not in (SUFFIX, *PICKLE_SUFFIXES):
+        if prediction_type is not None:
+            raise UsageError("--prediction-type is for single-file checkpoints; leave it out for a picture.")
         from ..pipeline.metadata import read_metadata
 
         facts = read_metadata(path)
@@ -39,7 +45,7 @@ def info(
         from ..pipeline.describe import describe
         from ..pipeline.folder import open_folder
 
-        facts = describe(open_folder(path))
+        facts = describe(open_folder(path, prediction_type))
     if as_json:
         print(json.dumps(facts))
     else:

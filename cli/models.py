@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from .info import lines_of
-from .options import EXIT_CODES, Debug, Json
+from .options import EXIT_CODES, Debug, Json, PredictionType
 
 if TYPE_CHECKING:
     from ..pipeline.hub import HubName
@@ -216,6 +216,40 @@ def remove(
     remove_commits(commits)
     facts = {"name": asked.repo, "commits": commits, "megabytes": size}
     print(json.dumps(facts) if as_json else f"removed {asked.repo}: {', '.join(commit[:12] for commit in commits)}, {size} MB")
+
+
+@app.command(epilog=EXIT_CODES)
+def convert(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder in diffusers' layout, or a single .safetensors file.")],
+    out: Annotated[Path, typer.Option("--out", metavar="MODEL", help="What is written: a file where it ends in .safetensors, else a folder.")],
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. [default: as stored]")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take a single file's averaged U-Net (model_ema.) instead of the other.")] = False,
+    prediction_type: PredictionType = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as a single file or as a folder, as it is or in another number format.
+
+    The folder is what diffusers and transformers load, the file is what other programs load. A file cannot say everything (heads, noise schedule,
+    tokenizer); a model that would be read as another one is refused.
+
+    Examples:
+
+      tu-diffuse models convert sd15.safetensors --out sd15
+
+      tu-diffuse models convert tuned --out tuned.safetensors --dtype float16
+
+      tu-diffuse models convert sd21-768.safetensors --prediction-type v --out sd21
+
+    With --json one line: path, and what `models info` prints of the new model.
+    """
+    del debug  # read in main.py
+    from ..pipeline.convert import convert as convert_model
+    from ..pipeline.describe import describe
+    from ..pipeline.folder import open_folder
+
+    convert_model(open_folder(model, prediction_type), out, dtype, ema)
+    print(json.dumps({"path": str(out), **describe(open_folder(out))}) if as_json else out)
 
 
 def _hub_name(text: str, revision: str | None) -> "HubName":

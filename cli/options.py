@@ -15,8 +15,12 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="MODEL",
-        help="Model folder in diffusers' layout, or OWNER/NAME[@REVISION] of the Hugging Face hub. [default: the embedded model]",
+        help="Folder in diffusers' layout, single .safetensors file, or OWNER/NAME[@REVISION] of the Hugging Face hub. [default: the embedded model]",
     ),
+]
+PredictionType = Annotated[
+    str | None,
+    typer.Option("--prediction-type", help="What a single file's U-Net predicts: epsilon or v. [default: what the file says, else epsilon]"),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps; auto takes the fastest there is.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU and float16 elsewhere.")]

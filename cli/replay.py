@@ -54,6 +54,7 @@ def replay(
     from ..pipeline.metadata import read_metadata
 
     settings = read_metadata(picture)
+    made_with = settings["model"]
 
     from ..batch.again import company_of, draw_again
     from ..pipeline.adapters import Shelf, find_by_hash
@@ -65,7 +66,8 @@ def replay(
 
     places = [*(input or []), picture.absolute().parent]
     made_with = settings["model"]
-    folder = open_folder(model_of(model, made_with))
+    named = model_of(model, made_with)
+    folder = open_folder(named, made_with.get("prediction_type") if named is not None and named.is_file() else None)
     request, index = request_of(folder, settings)
     if folder.fingerprint != made_with["hash"]:
         raise UsageError(

@@ -3,7 +3,6 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 from ..unet.deltas import LORA, TENSORS, chain, own_files
 from ..unet.experts import ExpertEntry
 from ..unet.lora import read_lora
-from ..weights import read_header, weight_files
-from .folder import ModelFolder
+from ..weights import read_header, read_headers, tensor_bytes, weight_bytes, within_single_file
+from .folder import ModelFolder, expert_bytes
 
 CARD_CHARACTERS = 65536  # of a model card's beginning, that are read
 
@@ -36,7 +35,7 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
     experts: list[dict[str, Any]] = [
         {"name": e.name, "folder": e.subfolder, "sigma_min": e.sigma_min, "sigma_max": _finite(e.sigma_max), "guidance": e.guidance}
         | _weights(chain(folder.path / e.subfolder)[-1], "diffusion_pytorch_model")
-        | {"megabytes": round(_bytes(own_files(folder.path / e.subfolder)) / 1e6, 1)}
+        | {"megabytes": round(_own_bytes(folder.path / e.subfolder) / 1e6, 1)}
         for e in folder.experts
     ]
     defaults = folder.defaults
@@ -50,7 +49,7 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
         "prediction": folder.noise.prediction_type,
         "size_multiple": folder.factor,
         "parameters": sum(part["parameters"] for part in [*parts, *experts]),
-        "megabytes": round(sum(part["megabytes"] for part in parts) + _bytes(_expert_files(folder)) / 1e6, 1),
+        "megabytes": round(sum(part["megabytes"] for part in parts) + expert_bytes(folder) / 1e6, 1),
         "defaults": {name: getattr(defaults, name) for name in ("width", "height", "steps", "sampler", "schedule", "guidance")},
         "experts": experts,
         "parts": parts,
@@ -72,7 +71,7 @@ def describe_experts(folder: ModelFolder) -> dict[str, Any]:
     return {
         "kind": "experts",
         "name": folder.name,
-        "bytes": _bytes(_expert_files(folder)),
+        "bytes": expert_bytes(folder),
         "experts": [_expert(folder, entry) for entry in reversed(folder.experts)],
     }
 
@@ -88,15 +87,11 @@ def licence(folder: Path) -> str | None:
     return said.get("license_name", said.get("license"))
 
 
-def _expert_files(folder: ModelFolder) -> set[Path]:
-    return {path for entry in folder.experts for base in chain(folder.path / entry.subfolder) for path in own_files(base)}
-
-
 def _expert(folder: ModelFolder, entry: ExpertEntry) -> dict[str, Any]:
     own, *bases = chain(folder.path / entry.subfolder)
     present = [kind for kind, name in (("delta", TENSORS), ("lora", LORA)) if (own / name).exists()]
     whole = bases[-1] if bases else own
-    sizes = {name: _size(tensor) for path in weight_files(whole) for name, tensor in read_header(path).items()}
+    sizes = {name: tensor_bytes(tensor) for name, tensor in read_headers(whole).items()}
     changed = _changed(own) if bases else set(sizes)
     noise, low, high = folder.noise, entry.sigma_min, entry.sigma_max
     return {
@@ -114,7 +109,7 @@ def _expert(folder: ModelFolder, entry: ExpertEntry) -> dict[str, Any]:
         "log_snr_max": None if low == 0 else -2 * math.log(low),
         "tensors": len(sizes),
         "shared_tensors": len(sizes.keys() - changed),
-        "bytes": _bytes(own_files(own)),
+        "bytes": _own_bytes(own),
         "shared_bytes": sum(size for name, size in sizes.items() if name not in changed),
     }
 
@@ -129,19 +124,14 @@ def _finite(sigma: float) -> float | None:
     return None if math.isinf(sigma) else sigma
 
 
-def _size(tensor: dict[str, Any]) -> int:
-    start, end = tensor["data_offsets"]
-    return end - start
-
-
-def _bytes(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
+def _own_bytes(folder: Path) -> int:
+    """What an expert's own files take, or its share of a single file."""
+    return weight_bytes(folder) if within_single_file(folder) is not None else sum(path.stat().st_size for path in own_files(folder))
 
 
 def _weights(folder: Path, stem: str) -> dict[str, Any]:
-    tensors = [entry for path in weight_files(folder, stem) for entry in read_header(path).values()]
     parameters: Counter[str] = Counter()
-    for entry in tensors:
+    for entry in read_headers(folder, stem).values():
         parameters[entry["dtype"]] += prod(entry["shape"])
-    size = sum(path.stat().st_size for path in weight_files(folder, stem))
+    size = weight_bytes(folder, stem)
     return {"parameters": parameters.total(), "dtype": "+".join(sorted(parameters)), "megabytes": round(size / 1e6, 1)}

@@ -1,7 +1,8 @@
 """A model folder as its JSON files describe it: which parts it has, whether it is safe, and what its maker recommends. Reads no weights.
 
 A model folder is a diffusers folder: `model_index.json` names the class of each part, `unet/`, `vae/`, `text_encoder/` and so on hold them. An
-ensemble adds `experts.json` and, when CLIP and T5 are joined, `conditioner/`; `defaults.json` says what the model draws best with.
+ensemble adds `experts.json` and, when CLIP and T5 are joined, `conditioner/`; `defaults.json` says what the model draws best with. A single-file
+checkpoint is read as the folder that it would be (`single_file/`).
 """
 
 import hashlib
@@ -15,9 +16,12 @@ from typing import Any
 from ..errors import ModelError, UnsafeError, UsageError
 from ..schedulers.noise import NoiseSchedule
 from ..schedulers.registry import SAMPLERS
-from ..unet.deltas import chain
+from ..single_file import SUFFIX
+from ..single_file.documents import documents
+from ..single_file.layout import PREDICTIONS
+from ..unet.deltas import chain, own_files
 from ..unet.experts import ExpertEntry, read_experts
-from ..weights import is_pickle_name, read_json, weight_files
+from ..weights import is_pickle_name, read_json, single_file_layout, weight_bytes, weight_files, within_single_file
 from .hub import found, origin_of
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
@@ -113,8 +117,8 @@ class ModelFolder:
     """What the JSON files of a model folder say.
 
     Attributes:
-        path: the folder.
-        name: its last part, or of a hub's model owner/name; what pictures record.
+        path: the folder, or the way into a single file (see `weights.within_single_file`).
+        name: the folder's or file's own name, or of a hub's model owner/name; what pictures record.
         commit: of a hub's model, what it was resolved to; None of any other.
         fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
         family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (with `conditioner/`).
@@ -152,15 +156,23 @@ class ModelFolder:
         return seen == 2 * told + 1
 
 
-def open_folder(path: Path | None) -> ModelFolder:
-    """Read and check a model folder; None is the embedded model. A name of the hub, owner/name, is taken from its cache or fetched: `hub.found`.
+def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelFolder:
+    """Read and check a model folder or single-file checkpoint; None is the embedded model.
+
+    Args:
+        path: a folder, a `.safetensors` file, or a `ModelFolder.path`; or a name of the hub, owner/name (see `hub.found`).
+        prediction_type: of a single file, "epsilon" or "v"; None is what the file says, epsilon where it says nothing. A folder has its own.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder or file, or a prediction type that is not known or for a folder.
         UnsafeError: it brings code along, names a class that is not allowed, or its weights are pickles.
         ModelError: a file is missing or not valid.
     """
     folder = EMBEDDED if path is None else found(path)
+    if folder.is_file() or within_single_file(folder) is not None:
+        return _open_single_file(folder, prediction_type)
+    if prediction_type is not None:
+        raise UsageError("--prediction-type is for single-file checkpoints; a model folder says in scheduler/scheduler_config.json what it predicts.")
     if not folder.is_dir():
         named = "this installation has no embedded model" if path is None else f"model folder {str(path)!r} is not there"
         raise UsageError(f"{named}; give a diffusers folder with --model.")
@@ -198,6 +210,44 @@ def open_folder(path: Path | None) -> ModelFolder:
     )
 
 
+def _open_single_file(path: Path, prediction_type: str | None) -> ModelFolder:
+    """Read a single-file checkpoint as the folder that it would be; see `open_folder`."""
+    inner = within_single_file(path)
+    file = path if inner is None else inner.file
+    if is_pickle_name(file.name):
+        raise UnsafeError(f"{file.name!r} is a pickle file, which can run code when loaded; convert the model to safetensors first.")
+    if file.suffix != SUFFIX:
+        raise ModelError(f"{file.name!r} is not a model; a .safetensors file or a folder in diffusers' layout was wanted.")
+    if prediction_type is not None and prediction_type not in PREDICTIONS:
+        raise UsageError(f"--prediction-type {prediction_type!r} is not known; use one of {', '.join(PREDICTIONS)}.")
+    layout = single_file_layout(file)
+    asked = None if prediction_type is None else PREDICTIONS[prediction_type]
+    prediction = asked or (layout.prediction or "epsilon" if inner is None else inner.prediction)
+    folder = file / prediction
+    files = documents(layout, prediction)
+    index = files["model_index.json"]
+    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value != [None, None]}
+    configs = {name: files[f"{name}/{_config_name(name)}"] for name in parts if not name.startswith("tokenizer")}
+    family, factor, noise = _family(folder, parts), _factor(configs["vae"]), NoiseSchedule.from_config(configs["scheduler"])
+    digest = hashlib.sha256(f"{prediction}\0".encode())
+    _sample(digest, file)
+    origin = origin_of(file.parent)
+    return ModelFolder(
+        path=folder,
+        name=file.resolve().name if origin is None else origin.repo,
+        commit=None if origin is None else origin.revision,
+        fingerprint=digest.hexdigest(),
+        family=family,
+        parts=MappingProxyType(parts),
+        configs=MappingProxyType(configs),
+        experts=read_experts(folder),
+        factor=factor,
+        noise=noise,
+        defaults=_defaults(folder, family, configs, factor, noise),
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
+    )
+
+
 def fingerprint(folder: Path, names: Sequence[str]) -> str:
     """SHA-256 over the files that decide a picture: names, sizes, and 16 evenly spaced blocks of 64 KiB (all of a file of up to 1 MiB).
 
@@ -207,16 +257,22 @@ def fingerprint(folder: Path, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     texts = [path for path in sorted(folder.iterdir()) if path.suffix in _TEXTS and path.name != "defaults.json" and path.is_file()]
     for path in [*texts, *(path for name in sorted(names) for path in _deciding(folder / name))]:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= _SAMPLED_BLOCKS * _BLOCK:
-                digest.update(file.read())
-            else:
-                for i in range(_SAMPLED_BLOCKS):
-                    file.seek((size - _BLOCK) * i // (_SAMPLED_BLOCKS - 1))
-                    digest.update(file.read(_BLOCK))
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        _sample(digest, path)
     return digest.hexdigest()
+
+
+def _sample(digest: "hashlib._Hash", path: Path) -> None:
+    """Add a file's size, and sampled blocks of its content."""
+    size = path.stat().st_size
+    digest.update(f"{size}\0".encode())
+    with path.open("rb") as file:
+        if size <= _SAMPLED_BLOCKS * _BLOCK:
+            digest.update(file.read())
+        else:
+            for i in range(_SAMPLED_BLOCKS):
+                file.seek((size - _BLOCK) * i // (_SAMPLED_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
 
 
 def _deciding(folder: Path) -> list[Path]:
@@ -228,6 +284,14 @@ def _deciding(folder: Path) -> list[Path]:
             weights -= set(weight_files(folder, stem))
             files = [path for path in files if path not in weights]
     return files
+
+
+def expert_bytes(folder: ModelFolder) -> int:
+    """What all experts' weights take on disk; shared bases count once."""
+    if within_single_file(folder.path) is not None:
+        return weight_bytes(folder.path / "unet")
+    folders = {base for entry in folder.experts for base in chain(folder.path / entry.subfolder)}
+    return sum(path.stat().st_size for base in folders for path in own_files(base))
 
 
 def allowed_parts(name: str, index: Mapping[str, Any]) -> dict[str, str]:

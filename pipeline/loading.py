@@ -19,7 +19,6 @@ from ..text_encoders.encode import ClipPart, ClipT5Part, Encoded, T5Part, encode
 from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
 from ..text_encoders.tokenizer import load_tokenizer, with_words
 from ..unet.config import UNetConfig
-from ..unet.deltas import chain, own_files
 from ..unet.experts import ExpertEntry, ExpertText
 from ..unet.lora import adapted
 from ..unet.residency import ExpertPool, Keep, expert_pool, identities
@@ -29,7 +28,7 @@ from ..vae.codec import LatentCodec
 from ..vae.config import AutoencoderConfig
 from ..weights import load_weights, without_storage
 from .adapters import NO_ADAPTERS, Adapters, Shelf
-from .folder import ModelFolder
+from .folder import ModelFolder, expert_bytes
 from .request import Request
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -341,9 +340,3 @@ def load_experts(folder: ModelFolder, place: Place, keep: Keep | None = None) ->
         known = identities(folder.path, folder.experts)
         return ExpertPool(folder.experts, loaders, keep, known), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
     return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, place.attention, keep=keep), ()
-
-
-def expert_bytes(folder: ModelFolder) -> int:
-    """What all experts' weights take on disk; shared bases count once."""
-    folders = {base for entry in folder.experts for base in chain(folder.path / entry.subfolder)}
-    return sum(path.stat().st_size for base in folders for path in own_files(base))

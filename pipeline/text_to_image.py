@@ -163,7 +163,12 @@ def applied_settings(
         "version": 1,
         "software": f"tu-diffuse {__version__}",
         "torch": torch.__version__,
-        "model": {"name": folder.name, "commit": folder.commit, "hash": folder.fingerprint},
+        "model": {
+            "name": folder.name,
+            "commit": folder.commit,
+            "hash": folder.fingerprint,
+            "prediction_type": folder.noise.prediction_type,
+        },
         **asked,
         "seed": seed,
         "dtype": str(place.dtype).removeprefix("torch."),

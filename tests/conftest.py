@@ -46,6 +46,25 @@ def refiner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Family -> a model in its real layout, as the folder that diffusers wrote and as the single file that `convert` made of it."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(family: str) -> tuple[Path, Path]:
+        if family not in made:
+            from real_layouts import FAMILIES
+            from tu_diffuse.pipeline.convert import convert
+            from tu_diffuse.pipeline.folder import open_folder
+
+            folder = _made(tmp_path_factory, family, FAMILIES[family])
+            convert(open_folder(folder), folder.with_suffix(".safetensors"))
+            made[family] = folder, folder.with_suffix(".safetensors")
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def ensemble_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import ensemble_folder
 

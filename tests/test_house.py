@@ -12,13 +12,14 @@ import tu_diffuse
 ROOT = Path(tu_diffuse.__file__).parent
 BOTTOM = ("unet", "vae", "text_encoders", "schedulers")
 MAY_IMPORT = {name: {name} for name in BOTTOM} | {
+    "single_file": {"single_file"},
     "pipeline": {"pipeline", *BOTTOM},
     "shards": {"shards"},
     "training": {"training", "shards", "pipeline", *BOTTOM},
     "batch": {"batch", "pipeline", *BOTTOM},
     "cli": {"cli", "batch", "pipeline", "shards", "training"},
 }
-SHARED = {"contracts", "attention", "errors", "strict_json", "pictures", "seamless", "weights", "__init__", ""}
+SHARED = {"contracts", "attention", "errors", "strict_json", "pictures", "seamless", "weights", "single_file", "__init__", ""}
 
 
 def _imported_folders(path: Path) -> set[str]:

@@ -3,10 +3,7 @@
 The tower is the same network; its attention projections are stored as one matrix, its text projection transposed.
 """
 
-import gzip
 from collections.abc import Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Tokenizer as Backend
@@ -14,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from .clip import CLIPTextConfig
+from .clip_vocabulary import clip_merges, clip_words
 from .tokenizer import Tokenizer, clip_pipeline
 
 _READ = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
@@ -104,23 +102,7 @@ def open_clip_tokenizer(length: int = 77) -> Tokenizer:
 
     Equal to open_clip's on clean text: its repair of broken encodings, control characters (both ftfy's) and HTML entities is not done.
     """
-    spec = find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise ModelError("the package open_clip is not installed; its vocabulary was wanted; put tokenizer files beside the model")
-    with gzip.open(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[1:48895]
-    return _from_merges([(first, second) for first, second in (line.split() for line in lines)], length)
-
-
-def _from_merges(merges: list[tuple[str, str]], length: int) -> Tokenizer:
-    letters = _byte_letters()
-    words = [*letters, *(letter + "</w>" for letter in letters), *(first + second for first, second in merges), "<start_of_text>", "<end_of_text>"]
-    backend: Backend = clip_pipeline({word: i for i, word in enumerate(words)}, merges, unknown="<end_of_text>")
+    merges = clip_merges()
+    words = clip_words(merges, "<start_of_text>", "<end_of_text>")
+    backend: Backend = clip_pipeline(words, merges, unknown="<end_of_text>")
     return Tokenizer(backend, length, prefix=(len(words) - 2,), suffix=(len(words) - 1,), pad_id=0)
-
-
-def _byte_letters() -> list[str]:
-    """The 256 letters that stand for bytes in byte-level BPE, in the order of CLIP's vocabulary: printable ones first."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(printable)
-    return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]

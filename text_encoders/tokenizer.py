@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from ..errors import DataError, ModelError, UsageError
-from ..weights import read_json
+from ..weights import read_json, within_single_file
+from .clip_vocabulary import clip_merges, clip_words
 from .sentencepiece_file import read_sentencepiece
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -136,7 +137,7 @@ def load_tokenizer(folder: Path, length: int | None = None) -> Tokenizer:
 
     Args:
         folder: holds `tokenizer.json`, `vocab.json` + `merges.txt`, or `spiece.model`, looked for in this order; `tokenizer_config.json`
-            and `special_tokens_map.json` name the special tokens.
+            and `special_tokens_map.json` name the special tokens. In a single-file checkpoint it is CLIP's own tokenizer.
         length: tokens of every row; what `model_max_length` says when None.
 
     Raises:
@@ -169,7 +170,10 @@ def _backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
     if (folder / "tokenizer.json").is_file():
         return Backend.from_file(str(folder / "tokenizer.json"))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _clip_backend(folder, settings)
+        return _clip_backend(*models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt")), settings)
+    if within_single_file(folder) is not None:
+        merges = clip_merges()
+        return _clip_backend(clip_words(merges, _CLIP_SPECIAL["bos_token"], _CLIP_SPECIAL["eos_token"]), merges, settings)
     if (folder / "spiece.model").is_file():
         return _t5_backend(folder / "spiece.model", settings)
     raise ModelError(f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or spiece.model; one of them was wanted")
@@ -177,6 +181,8 @@ def _backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """`tokenizer_config.json`, with `special_tokens_map.json` over it where the former does not list its added tokens itself."""
+    if within_single_file(folder) is not None:
+        return read_json(folder / "tokenizer_config.json")
     config, special = (read_json(path) if path.is_file() else {} for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"))
     return config if "added_tokens_decoder" in config else config | special
 
@@ -219,8 +225,7 @@ def clip_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]], unknown:
     return backend
 
 
-def _clip_backend(folder: Path, settings: Mapping[str, Any]) -> Backend:
-    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+def _clip_backend(vocab: dict[str, int], merges: list[tuple[str, str]], settings: Mapping[str, Any]) -> Backend:
     backend = clip_pipeline(vocab, merges, _added_token(settings.get("unk_token", _CLIP_SPECIAL["unk_token"])).content)
     _add_special_tokens(backend, settings, _CLIP_SPECIAL, extra=())
     bos, eos = (_known(backend, settings.get(name, _CLIP_SPECIAL[name])) for name in ("bos_token", "eos_token"))

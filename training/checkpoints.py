@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import DataError
-from .staging import sync
+from ..pipeline.staging import sync
 
 _PARTS = ("model", "average", "power_averages", "optimizer")
 _STATE = ("step", "numbers", "scaler", "config", "tally")

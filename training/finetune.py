@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
+from ..pipeline.staging import remove_staged, write_file
 from ..shards.encoded_members import StoredEncoding
 from ..shards.index import ShardIndex
 from .batches import ahead, batch_plan, bucket_of, crop_generator, sizes_for
@@ -33,7 +34,6 @@ from .objective import Draw, Objective, denoising_loss, draw
 from .result import write_result
 from .run_report import picture_name, write_report
 from .sources import Source
-from .staging import remove_staged, write_file
 from .subject import Subject, load_subject, predictor, read_as, trained_networks
 from .tallies import noise_bins
 from .terminal_snr import with_zero_terminal_snr

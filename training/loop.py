@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, TrainingError, UsageError
+from ..pipeline.staging import sync, write_file
 from .checkpoints import Checkpoint, load_newest, save
 from .optimizers import make_optimizer, optimizer_state, restore_optimizer
 from .posthoc import drop_snapshots_after, power_averages, update_power_averages, write_snapshots
 from .saving import save_or_wait, wait_for_room
-from .staging import sync, write_file
 from .tallies import Tally, add, means, pairs_of
 from .train_config import TrainConfig, check_same_run
 from .workers import ALONE, Workers

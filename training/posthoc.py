@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError, UsageError
-from .staging import write_file
+from ..pipeline.staging import write_file
 
 MAX_WIDTH = 1 / math.sqrt(12)  # of γ = 0, the plain mean of all steps
 _METADATA = "tu-diffuse"

@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from ..pipeline.folder import ModelFolder
+from ..pipeline.staging import write_file
 from ..unet.deltas import read_expert
 from .config import FinetuneConfig
 from .expert_files import Draft, Kept, weights_for, write_model
 from .lora import Pairs, pairs_of, with_pairs, write_diffusers, write_kohya
-from .staging import write_file
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
