@@ -39,10 +39,6 @@ def test_number_formats(checkpoint: Checkpoint, tmp_path: Path, dtype: str):
         said = opened.metadata()
     assert (said["modelspec.architecture"], said["modelspec.prediction_type"]) == ("stable-diffusion-v1", "epsilon")
     assert said["modelspec.resolution"] == "32x32"
-        "stable-diffusion-v1",
-        "epsilon",
-        "32x32",
-    )
 
 
 def test_values_beyond_a_format_are_refused(checkpoint: Checkpoint, tmp_path: Path):
