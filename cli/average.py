@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Json, Model
+from .opening import open_unpacked
+from .options import Debug, Json, Model, PredictionType
 
 
 def average(
@@ -14,6 +15,7 @@ def average(
     sigma_rel: Annotated[float, typer.Option(help="Width of the average as a share of the run, usually 0.03 to 0.2.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The new model folder; must not exist.")],
     model: Model = None,
+    prediction_type: PredictionType = None,
     step: Annotated[int | None, typer.Option(help="Which the average ends at, one with a snapshot. [default: the last]")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -34,10 +36,9 @@ def average(
     share).
     """
     del debug  # read in main.py
-    from ..pipeline.folder import open_folder
     from ..training.averaging import average_run
 
-    made = average_run(run, open_folder(model), sigma_rel, out, step)
+    made = average_run(run, open_unpacked(model, prediction_type), sigma_rel, out, step)
     if as_json:
         facts = {"step": made.profile.step, "sigma_rel": made.profile.width, "snapshots": made.snapshots, "distance": made.distance}
         print(json.dumps({"path": str(out), **facts}))

@@ -9,7 +9,8 @@ import typer
 
 from ..errors import UsageError
 from .info import lines_of
-from .options import EXIT_CODES, Debug, Device, Json
+from .opening import open_unpacked
+from .options import EXIT_CODES, Debug, Device, Json, PredictionType
 
 if TYPE_CHECKING:
     from ..training.boundary import Suggestion
@@ -22,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Folder = Annotated[Path | None, typer.Argument(metavar="[FOLDER]", help="A model folder. [default: the embedded model]")]
+Folder = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A model's folder or single file. [default: the embedded model]")]
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The new model folder; must not exist.")]
 Link = Annotated[bool, typer.Option("--link", help="Hard links instead of copies of files that stay the same; then never edit them in place.")]
 
@@ -51,6 +52,7 @@ def show(folder: Folder = None, as_json: Json = False, debug: Debug = False) -> 
 def fork(
     out: Out,
     folder: Folder = None,
+    prediction_type: PredictionType = None,
     at_timestep: Annotated[list[float] | None, typer.Option(help="A border, as a training timestep; give it again for more children.")] = None,
     at_sigma: Annotated[list[float] | None, typer.Option(help="A border, as a noise level.")] = None,
     expert: Annotated[str | None, typer.Option(metavar="NAME", help="Which expert. [default: the only one]")] = None,
@@ -72,11 +74,10 @@ def fork(
     With --json one line: path, and what `experts show` prints of the new folder.
     """
     del debug  # read in main.py
-    from ..pipeline.folder import open_folder
     from ..training.forking import fork as fork_expert
     from ..training.intervals import sigma_of
 
-    model = open_folder(folder)
+    model = open_unpacked(folder, prediction_type)
     borders = [*(sigma_of(model.noise, step) for step in at_timestep or ()), *(at_sigma or ())]
     fork_expert(model, borders, out, expert=expert, whole=whole, link=link)
     _print_new(out, as_json)
@@ -84,8 +85,11 @@ def fork(
 
 @app.command(epilog=EXIT_CODES)
 def compose(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Model folders, from high noise to low: the base before its refiner.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="MODEL...", help="Models, from high noise to low: the base before its refiner.")
+    ],
     out: Out,
+    prediction_type: PredictionType = None,
     border_timestep: Annotated[list[float] | None, typer.Option(help="A border between two models, as a training timestep.")] = None,
     border_sigma: Annotated[list[float] | None, typer.Option(help="A border between two models, as a noise level.")] = None,
     link: Link = False,
@@ -100,16 +104,17 @@ def compose(
 
       tu-diffuse experts compose sdxl-base sdxl-refiner --border-timestep 200 --out sdxl
 
+      tu-diffuse experts compose sd_xl_base_1.0.safetensors sd_xl_refiner_1.0.safetensors --border-timestep 200 --out sdxl
+
       tu-diffuse experts compose layout general detail --border-timestep 800 --border-timestep 200 --out three
 
     With --json one line: path, notes, and what `experts show` prints of the new folder.
     """
     del debug  # read in main.py
-    from ..pipeline.folder import open_folder
     from ..training.composing import compose as compose_models
     from ..training.intervals import sigma_of
 
-    models = [open_folder(folder) for folder in folders]
+    models = [open_unpacked(folder, prediction_type) for folder in folders]
     borders = [*(sigma_of(models[0].noise, step) for step in border_timestep or ()), *(border_sigma or ())]
     composed = compose_models(models, borders, out, link)
     _print_new(out, as_json, notes=list(composed.notes))
@@ -189,6 +194,7 @@ def drop(
 def suggest_boundary(
     shards: Annotated[list[str], typer.Option(metavar="SPEC", help="Shards to measure on, as for `tu-diffuse finetune`; may be repeated.")],
     folder: Folder = None,
+    prediction_type: PredictionType = None,
     expert: Annotated[str | None, typer.Option(metavar="NAME", help="Which expert. [default: the only one]")] = None,
     bins: Annotated[int, typer.Option(min=2, help="Bins of equally many timesteps; borders lie between them.")] = 16,
     samples: Annotated[int, typer.Option(min=8, help="Pictures drawn from the shards, seen in every bin.")] = 64,
@@ -214,13 +220,12 @@ def suggest_boundary(
     largest gain), timestep and sigma (the border; null: none), lowest and highest (borders found with an eighth of the pictures left out), command.
     """
     del debug  # read in main.py
-    from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_device
     from ..shards.index import index_shards
     from ..shards.specs import expand
     from ..training.boundary import suggest_boundary as suggest
 
-    model, place = open_folder(folder), choose_device(device)
+    model, place = open_unpacked(folder, prediction_type), choose_device(device)
     index = index_shards(expand(shards))
     asked = {"expert": expert, "bins": bins, "samples": samples, "batch_size": batch_size, "seed": seed}
     found = suggest(model, index, **asked, device=place, report=lambda text: typer.echo(text, err=True))  # pyright: ignore[reportArgumentType]

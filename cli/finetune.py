@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .options import Debug, Device, Json, Model
+from .opening import open_unpacked
+from .options import Debug, Device, Json, Model, PredictionType
 from .shard_options import AestheticVersion, Aspect, Language, MaxUnsafe, MaxWatermark, MinAesthetic, MinSimilarity, MinSize, Missing, Preset
 
 if TYPE_CHECKING:
     from ..training.finetune import Plan
     from ..training.tracking import Event
 
-_NOT_OPTIONS = ("out", "config", "model", "dry_run", "device", "as_json", "debug")
+_NOT_OPTIONS = ("out", "config", "model", "prediction_type", "dry_run", "device", "as_json", "debug")
 
 
 def finetune(
@@ -32,6 +33,7 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; the same command again goes on where it stopped.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file whose keys are the names of these flags; a flag wins over it.")] = None,
     model: Model = None,
+    prediction_type: PredictionType = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step, of all processes together. [default: 4]")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. [default: 1e-4; 1 with prodigy]")] = None,
@@ -130,7 +132,6 @@ def finetune(
 
     import torch
 
-    from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_device
     from ..shards.filters import check_filters, drop_reason
     from ..shards.index import index_shards
@@ -146,7 +147,7 @@ def finetune(
     options = make_config({**({} if config is None else read_toml(config)), **{name: value for name, value in given.items() if value is not None}})
     check_optimizer(options.optimizer)
     check_trackers(options.track)
-    folder, place = open_folder(model), choose_device(device)
+    folder, place = open_unpacked(model, prediction_type), choose_device(device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     index = index_shards(expand(list(options.shards)), skip_damaged=options.skip_damaged)

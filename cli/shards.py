@@ -11,7 +11,8 @@ import typer
 
 from ..errors import DataError, OutputError, UsageError
 from .info import lines_of
-from .options import EXIT_CODES, Debug, Device, Json, Model
+from .opening import open_unpacked
+from .options import EXIT_CODES, Debug, Device, Json, Model, PredictionType
 from .shard_options import (
     AestheticVersion,
     Aspect,
@@ -256,6 +257,7 @@ def encode(
     specs: Shards,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the encoded shards go, under the names of their sources.")],
     model: Model = None,
+    prediction_type: PredictionType = None,
     resolution: Annotated[int | None, typer.Option(help="Side in pixels. [default: the model's]")] = None,
     buckets: Annotated[bool, typer.Option("--buckets", help="Keep aspect ratios, for finetune --buckets, instead of square cuts.")] = False,
     dtype: Annotated[str, typer.Option(help="Of what is stored: float32, float16 or bfloat16.")] = "float16",
@@ -299,7 +301,6 @@ def encode(
     del debug  # read in main.py
     import time
 
-    from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_device
     from ..shards.filters import aspect_range, check_filters, drop_reason, make_filters
     from ..shards.index import encoding_of
@@ -318,7 +319,7 @@ def encode(
         aspect=aspect_range(aspect),
         missing=missing,
     )
-    encoder = load_encoder(open_folder(model), resolution, buckets, dtype, choose_device(device))
+    encoder = load_encoder(open_unpacked(model, prediction_type), resolution, buckets, dtype, choose_device(device))
     index = _index(specs, skip_damaged, max_lost, verify_pictures=verify_pictures, verify_hashes=verify_hashes)
     if encoding_of(index) is not None:
         raise UsageError("The shards are encoded already; give the shards of pictures that they were made from.")

@@ -6,6 +6,7 @@ thought, and refused where the model that comes out would be another.
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -31,7 +32,7 @@ from ..unet.experts import write_experts
 from ..vae.autoencoder import modernise_keys
 from ..vae.config import AutoencoderConfig
 from ..weights import placed, read_safetensors, read_weights, single_file_layout, within_single_file
-from .folder import ModelFolder
+from .folder import ModelFolder, open_folder
 from .loading import DTYPES
 from .staging import copy_folder, staged_folder, write_file
 
@@ -64,6 +65,28 @@ def convert(model: ModelFolder, out: Path, dtype: str | None = None, ema: bool =
         _unpack(model, out, cast, average)
     else:
         _write_folder(model, out, cast)
+
+
+def unpacked(model: ModelFolder) -> ModelFolder:
+    """A model whose files can be copied: itself, or a single file's folder in the user's cache, which is made when it is not there.
+
+    The cache is `tu-diffuse/unpacked` in XDG_CACHE_HOME (`~/.cache`); a folder of it may be removed at any time when no run uses it.
+
+    Raises:
+        ModelError: damaged weights.
+        OutputError: the folder cannot be written.
+    """
+    if within_single_file(model.path) is None:
+        return model
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tu-diffuse" / "unpacked"
+    folder = cache / model.fingerprint[:32] / model.path.parent.stem
+    if not folder.is_dir():
+        try:
+            convert(model, folder)
+        except UsageError:  # another process was quicker
+            if not folder.is_dir():
+                raise
+    return open_folder(folder)
 
 
 Cast = Callable[[Mapping[str, Tensor], Path], dict[str, Tensor]]

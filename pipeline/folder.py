@@ -74,6 +74,7 @@ TEXT_PARTS = {
     "sdxl": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "sdxl-refiner": ("text_encoder_2", "tokenizer_2"),
     "clip-t5": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner"),
+    "t5": ("text_encoder", "tokenizer"),
 }
 """The families of models, and the parts that each reads prompts with."""
 _PIPELINES = (
@@ -121,7 +122,8 @@ class ModelFolder:
         name: the folder's or file's own name, or of a hub's model owner/name; what pictures record.
         commit: of a hub's model, what it was resolved to; None of any other.
         fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
-        family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (with `conditioner/`).
+        family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (with `conditioner/`),
+            "t5" (T5 alone).
         parts: component -> class, for those that are there.
         configs: component or expert's subfolder -> its parsed JSON config; of an expert that is a delta, its base's.
         experts: from low to high noise; one that covers all when there is no `experts.json`.
@@ -393,8 +395,11 @@ def _family(folder: Path, parts: Mapping[str, str]) -> str:
             return "sdxl-refiner"
         case ("CLIPTextModel" | "CLIPTextModelWithProjection", None):
             return "sd"
+        case ("T5EncoderModel", None):
+            return "t5"
         case _:
-            raise ModelError(f"{folder.name!r} has the text encoders {encoders}; one CLIP, two CLIPs, or CLIP with T5 and a conditioner were wanted.")
+            wanted = "one CLIP, two CLIPs, T5, or CLIP with T5 and a conditioner"
+            raise ModelError(f"{folder.name!r} has the text encoders {encoders}; {wanted} were wanted.")
 
 
 def _check_texts(folder: Path, parts: Mapping[str, str], experts: Sequence[ExpertEntry]) -> None:

@@ -15,7 +15,7 @@ from ..attention import AttentionBackend
 from ..errors import ModelError, UsageError
 from ..text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict, with_rows
 from ..text_encoders.conditioner import Conditioner, ConditionerConfig
-from ..text_encoders.encode import ClipPart, ClipT5Part, Encoded, T5Part, encode_clip_t5, encode_sd, encode_sdxl
+from ..text_encoders.encode import ClipPart, ClipT5Part, Encoded, T5Part, encode_clip_t5, encode_sd, encode_sdxl, encode_t5
 from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
 from ..text_encoders.tokenizer import load_tokenizer, with_words
 from ..unet.config import UNetConfig
@@ -36,8 +36,8 @@ KEEP_BYTES = 4 * 2**30  # experts that are smaller on disk all stay in memory; o
 TILE_ROWS = 64  # latent rows that a KL autoencoder decodes at a time: 512 pixels at once, taller pictures in strips of the same result
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is told of pictures to draw and to avoid
 
-TextParts = ClipPart | ClipT5Part | tuple[ClipPart | None, ClipPart]
-"""SD's tower; CLIP, T5 and their join; or SDXL's two towers (its refiner has only the second)."""
+TextParts = ClipPart | T5Part | ClipT5Part | tuple[ClipPart | None, ClipPart]
+"""SD's tower; T5; CLIP, T5 and their join; or SDXL's two towers (its refiner has only the second)."""
 
 Encode = Callable[[str, str, int, int], tuple[Encoded, Encoded]]
 """(prompt, negative, width, height) to the two prompts, encoded."""
@@ -184,18 +184,20 @@ def load_text(
             known[name] = ClipPart(tokenizer, load_weights(tower, folder.path / name, "model", dtype, device, convert=clip_state_dict))
         return known[name]
 
-    def t5() -> T5Part:
-        name = component("text_encoder_2")
+    def t5(part: str, masked: bool) -> T5Part:
+        name = component(part)
         config = T5Config.from_dict(folder.configs[name])
         encoder = without_storage(lambda: T5Encoder(config, backend))
-        tokenizer = load_tokenizer(folder.path / component("tokenizer_2"))
-        return T5Part(tokenizer, load_weights(encoder, folder.path / name, "model", dtype, device, convert=t5_state_dict))
+        tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
+        return T5Part(tokenizer, load_weights(encoder, folder.path / name, "model", dtype, device, convert=t5_state_dict), masked)
 
     match family:
         case "sd":
             return clip("text_encoder")
+        case "t5":  # as diffusers' StableDiffusionPipeline does it
+            return t5("text_encoder", masked=bool(folder.configs[component("text_encoder")].get("use_attention_mask")))
         case "clip-t5":
-            return ClipT5Part(clip("text_encoder"), t5(), load_conditioner(folder, place, component("conditioner")))
+            return ClipT5Part(clip("text_encoder"), t5("text_encoder_2", masked=True), load_conditioner(folder, place, component("conditioner")))
         case "sdxl-refiner":
             return None, clip("text_encoder_2")
         case _:
@@ -286,6 +288,8 @@ def _encoder(parts: TextParts, zero_negative: bool) -> Encode:
     """The function that encodes a prompt and its negative."""
     if isinstance(parts, ClipPart):
         return lambda prompt, negative, width, height: (encode_sd([prompt], parts), encode_sd([negative], parts))  # noqa: ARG005
+    if isinstance(parts, T5Part):
+        return lambda prompt, negative, width, height: (encode_t5([prompt], parts), encode_t5([negative], parts))  # noqa: ARG005
     if isinstance(parts, ClipT5Part):
         return lambda prompt, negative, width, height: (encode_clip_t5([prompt], parts), encode_clip_t5([negative], parts))  # noqa: ARG005
     first, second = parts

@@ -18,8 +18,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tiny_models import randomised, write_json
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tiny_models import randomised, t5_tokenizer, write_json
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 from tu_diffuse.text_encoders.clip_vocabulary import clip_merges, clip_words
 
 NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
@@ -194,6 +202,41 @@ def refiner(folder: Path, prediction: str = "epsilon") -> Path:
         scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", prediction_type=prediction),
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def t5(folder: Path, prediction: str = "epsilon") -> Path:
+    """A U-Net that reads T5 alone, in DeepFloyd's manner: a projection of T5's tokens, which it also pools, and text keys within self-attention."""
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(64, 128),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=2,
+        resnet_time_scale_shift="scale_shift",
+        act_fn="gelu",
+        attention_head_dim=32,
+        cross_attention_dim=64,
+        cross_attention_norm="group_norm",
+        only_cross_attention=(True, False),
+        encoder_hid_dim=32,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+    )
+    encoder = T5Config(vocab_size=103, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    t5_tokenizer(folder.with_name(folder.name + "-tokenizer"))
+    StableDiffusionPipeline(
+        vae=_vae(0.18215),
+        text_encoder=randomised(T5EncoderModel(encoder), 5),
+        tokenizer=T5Tokenizer.from_pretrained(folder.with_name(folder.name + "-tokenizer")),
+        unet=calm(randomised(unet, 10), prediction == "epsilon"),
+        scheduler=EulerDiscreteScheduler(**NOISE, prediction_type=prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""From prompts to a `Conditioning`, one function for each family of models: SD 1.x and 2.x, SDXL, and the CLIP/T5 join.
+"""From prompts to a `Conditioning`, one function for each family of models: SD 1.x and 2.x, SDXL, T5 alone, and the CLIP/T5 join.
 
 Within a call each distinct text is tokenized and encoded once. Gradients reach the encoders whose weights ask for them; loaded ones do not.
 """
@@ -32,10 +32,17 @@ class ClipPart:
 
 @dataclass(frozen=True, eq=False)
 class T5Part:
-    """A T5 encoder with its tokenizer, whose length is the limit."""
+    """A T5 encoder with its tokenizer, whose length is the limit.
+
+    Attributes:
+        tokenizer: its tokenizer.
+        model: the encoder.
+        masked: whether pads are hidden from it.
+    """
 
     tokenizer: Tokenizer
     model: T5Encoder
+    masked: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +155,13 @@ def encode_sdxl(
     return Encoded(conditioning, _overflows(row, overflow))
 
 
+def encode_t5(prompts: Sequence[str], t5: T5Part) -> Encoded:
+    """Encode for a U-Net that reads T5 alone (as DeepFloyd's), pads included: such networks were trained with them."""
+    texts, row = _distinct(prompts)
+    tokens, hidden = _run_t5(t5, texts)
+    return Encoded(Conditioning(tokens=hidden[row.to(hidden.device)]), _overflows(row, {"t5": tokens}))
+
+
 def embed_clip_t5(prompts: Sequence[str], clip: ClipPart, t5: T5Part) -> Embedded:
     """Run the two frozen encoders of the CLIP/T5 join: CLIP's tokens after its final norm and its projected vector, T5's tokens under its mask.
 
@@ -205,7 +219,7 @@ def _run_clip(part: ClipPart, texts: Sequence[str]) -> tuple[Tokens, CLIPTextOut
 def _run_t5(part: T5Part, texts: Sequence[str]) -> tuple[Tokens, Tensor]:
     tokens = part.tokenizer.encode(texts)
     ids = _known_ids(tokens, part.model, part.model.config.vocab_size)
-    return tokens, part.model(ids, tokens.mask.to(ids.device))
+    return tokens, part.model(ids, tokens.mask.to(ids.device) if part.masked else None)
 
 
 def _known_ids(tokens: Tokens, model: nn.Module, vocab_size: int) -> Tensor:

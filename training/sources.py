@@ -15,7 +15,7 @@ from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import AESTHETIC_SCORE, TextParts
 from ..shards.index import ShardIndex
 from ..text_encoders.conditioner import Conditioner
-from ..text_encoders.encode import ClipPart, ClipT5Part, embed_clip_t5, encode_sd, encode_sdxl
+from ..text_encoders.encode import ClipPart, ClipT5Part, T5Part, embed_clip_t5, encode_sd, encode_sdxl, encode_t5
 from ..vae.codec import LatentCodec
 from .batches import Fitted, fit
 from .objective import Draw
@@ -93,7 +93,7 @@ class Join:
             return self.conditioner(**features, keep_clip=keep_clip, keep_t5=keep_t5)
         keep = drawn.keep_clip.to(latents.device)
         tokens = torch.where(keep[:, None, None], features["tokens"], self.empty["tokens"])
-        if self.family == "sd":
+        if self.family in ("sd", "t5"):
             return Conditioning(tokens)
         return Conditioning(
             tokens, pooled=torch.where(keep[:, None], features["pooled"], self.empty["pooled"]), size_ids=self._size_ids(sizes, latents)
@@ -117,14 +117,16 @@ def text_features(parts: TextParts, captions: Sequence[str]) -> dict[str, Tensor
     """Run the text encoders, up to what is dropped or joined; one row a caption.
 
     Returns:
-        SD: tokens (batch, n, width) after the final norm. SDXL and its refiner: tokens of the penultimate layers and pooled (batch, width). CLIP
-        with T5: clip_tokens, clip_mask (bool, False at pads), clip_pooled, t5_tokens, t5_mask, the arguments of `Conditioner`.
+        SD and T5 alone: tokens (batch, n, width) after the final norm. SDXL and its refiner: tokens of the penultimate layers and pooled (batch,
+        width). CLIP with T5: clip_tokens, clip_mask (bool, False at pads), clip_pooled, t5_tokens, t5_mask, the arguments of `Conditioner`.
     """
     if isinstance(parts, ClipT5Part):
         said = embed_clip_t5(captions, parts.clip, parts.t5)
         return {name: getattr(said, name) for name in ("clip_tokens", "clip_mask", "clip_pooled", "t5_tokens", "t5_mask")}
     if isinstance(parts, ClipPart):
         return {"tokens": encode_sd(captions, parts).conditioning.tokens}
+    if isinstance(parts, T5Part):
+        return {"tokens": encode_t5(captions, parts).conditioning.tokens}
     encoded = encode_sdxl(captions, *parts, size_ids=()).conditioning
     assert encoded.pooled is not None
     return {"tokens": encoded.tokens, "pooled": encoded.pooled}
@@ -134,7 +136,7 @@ def text_networks(parts: TextParts) -> dict[str, nn.Module]:
     """The text encoders and the conditioner of a model, by component."""
     if isinstance(parts, ClipT5Part):
         return {"text_encoder": parts.clip.model, "text_encoder_2": parts.t5.model, "conditioner": parts.conditioner}
-    towers = (parts, None) if isinstance(parts, ClipPart) else parts
+    towers = (parts, None) if isinstance(parts, ClipPart | T5Part) else parts
     return {name: tower.model for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True) if tower is not None}
 
 

@@ -119,3 +119,21 @@ def test_the_command(checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.Capt
     assert run(["models", "convert", str(file), "--out", str(tmp_path / "folder")]) == 0
     assert torch.equal(pixels(tmp_path / "folder"), pixels(file))
     assert run(["models", "convert", str(tmp_path / "folder"), "--out", str(tmp_path / "b"), "--prediction-type", "v"]) == 2
+
+
+def test_commands_that_write_models_unpack_a_single_file_once(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, file = checkpoint("sd1")
+    assert run(["experts", "fork", str(file), "--at-timestep", "500", "--out", str(tmp_path / "forked")]) == 0
+    [unpacked] = (tmp_path / "cache" / "tu-diffuse" / "unpacked").glob("*/*")
+    assert str(unpacked) in capsys.readouterr().err
+    assert unpacked.name == file.stem
+    assert torch.equal(pixels(tmp_path / "forked"), pixels(file))
+    written = unpacked.stat().st_mtime_ns
+    assert run(["experts", "fork", str(file), "--at-timestep", "600", "--out", str(tmp_path / "other")]) == 0
+    assert unpacked.stat().st_mtime_ns == written
+    assert run(["experts", "fork", str(file), "--at-timestep", "600", "--prediction-type", "v", "--out", str(tmp_path / "v")]) == 0
+    assert open_folder(tmp_path / "v").noise.prediction_type == "v_prediction"
+    assert len(list((tmp_path / "cache" / "tu-diffuse" / "unpacked").glob("*/*"))) == 2
