@@ -277,6 +277,8 @@ def _adapted_text(parts: TextParts, entry: ExpertEntry, adapters: Adapters, made
 
     if isinstance(parts, ClipPart):
         return clip("text_encoder", parts)
+    if isinstance(parts, T5Part):
+        return replace(parts, model=network("text_encoder", parts.model))
     if isinstance(parts, ClipT5Part):
         t5, conditioner = replace(parts.t5, model=network("text_encoder_2", parts.t5.model)), network("conditioner", parts.conditioner)
         return ClipT5Part(clip("text_encoder", parts.clip), t5, conditioner)

@@ -56,7 +56,7 @@ def test_a_picture_of_a_hub_model_is_drawn_again_at_its_commit(hub: Hub, ensembl
     commit = hub.push("me/tiny", files)
     [line] = said("generate", "a cat", "--model", "me/tiny", "--seed", 3, "--out", tmp_path / "a.png")
     local = open_folder(ensemble_folder).fingerprint
-    assert line["settings"]["model"] == {"name": "me/tiny", "commit": commit, "hash": local}
+    assert line["settings"]["model"] == {"name": "me/tiny", "commit": commit, "hash": local, "prediction_type": "v_prediction"}
     changed = files | {"scheduler/scheduler_config.json": files["scheduler/scheduler_config.json"].replace(b"0.012", b"0.011")}
     assert changed != files
     hub.push("me/tiny", changed)
