@@ -85,9 +85,7 @@ def fork(
 
 @app.command(epilog=EXIT_CODES)
 def compose(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="Models, from high noise to low: the base before its refiner.")
-    ],
+    folders: Annotated[list[Path], typer.Argument(metavar="MODEL...", help="Models, from high noise to low: the base before its refiner.")],
     out: Out,
     prediction_type: PredictionType = None,
     border_timestep: Annotated[list[float] | None, typer.Option(help="A border between two models, as a training timestep.")] = None,
