@@ -13,26 +13,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ModelError, UsageError
-from ..text_encoders.clip import CLIPText, CLIPTextConfig
-from ..text_encoders.conditioner import Conditioner, ConditionerConfig
-from ..text_encoders.t5 import T5Config, T5Encoder
-from ..unet.config import UNetConfig
+from ..text_encoders.clip import CLIPTextConfig
 from ..unet.experts import ExpertEntry
-from ..unet.ldm_names import ldm_names
 from ..unet.lora import NOTHING, Added, LowRank, Pairs, with_pairs
-from ..unet.unet import UNet
-from ..weights import without_storage
 from .embeddings import EmbeddingFile, EmbeddingUse, checked_token, embedding_spec, fit_embedding, read_embedding_file
 from .folder import TEXT_PARTS, ModelFolder
-from .lora_files import LoraFile, LoraKey, find_lora, lora_sha256, read_lora_file
+from .lora_files import find_lora, lora_sha256, read_lora_file
+from .lora_fit import TEXT_PREFIX, UNET, Fit, match
 
 MOST_WEIGHT = 100.0
 _SPEC = re.compile(r"(?P<file>.+?)(?::(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)))?(?:@(?P<expert>[A-Za-z0-9._-]{1,64}))?")
-_UNET, _TEXT_PREFIX = "unet", "text_model."
 
 
 @dataclass(frozen=True)
@@ -198,7 +191,7 @@ class Shelf:
     def _words(self, file: EmbeddingFile, entry: ExpertEntry) -> dict[str, Tensor]:
         return fit_embedding(file, clip_towers(self.folder, entry))
 
-    def _matched(self, sha256: str, expert: str | None) -> Mapping[str, "Fit"]:
+    def _matched(self, sha256: str, expert: str | None) -> Mapping[str, Fit]:
         return match(self.folder, self._read(self.files[sha256]), expert)
 
     def _adapters(self, loras: tuple[LoraUse, ...], embeddings: tuple[EmbeddingUse, ...] = ()) -> Adapters:
@@ -239,7 +232,7 @@ class Shelf:
 
 def _expert_change(networks: Mapping[str, tuple[list[Hashable], Pairs]], words: Mapping[str, Mapping[str, Tensor]]) -> ExpertChange:
     every = {name: Added(tuple(key), pairs) for name, (key, pairs) in networks.items()}
-    return ExpertChange(every.get(_UNET, NOTHING), {name: added for name, added in every.items() if name != _UNET}, words)
+    return ExpertChange(every.get(UNET, NOTHING), {name: added for name, added in every.items() if name != UNET}, words)
 
 
 def clip_towers(folder: ModelFolder, entry: ExpertEntry) -> dict[str, tuple[str, int]]:
@@ -304,137 +297,6 @@ def missing_files(wanted: Iterable[LoraUse | EmbeddingUse]) -> str:
     return f"{', '.join(named)} {'is' if len(named) == 1 else 'are'} not there"
 
 
-Fit = Mapping[LoraKey, tuple[str, str]]
-"""Key of a LoRA file -> the network ("unet", or a component of the text side) and the module that its pair is added to."""
-
-
-def match(folder: ModelFolder, file: LoraFile, expert: str | None = None) -> dict[str, Fit]:
-    """Find what a LoRA changes, by the names and shapes of a model's weights; loads none.
-
-    An expert that has a module of the same name in another shape is another network than the LoRA was trained for (SDXL's refiner for a LoRA of its
-    base), and is left out.
-
-    Args:
-        folder: the model.
-        file: the LoRA.
-        expert: the only one to look at; None for all.
-
-    Returns:
-        Expert -> fit, for those that it fits; at least one.
-
-    Raises:
-        ModelError: no key fits, or all experts were left out; says what the first few keys are.
-    """
-    fits: dict[str, Fit] = {}
-    misfits: list[str] = []
-    for entry in folder.experts:
-        if expert in (None, entry.name):
-            fit, wrong = _fit(networks_of(folder, entry), file)
-            misfits += wrong
-            if fit and not wrong:
-                fits[entry.name] = fit
-    if fits:
-        return fits
-    if misfits:
-        raise ModelError(
-            f"{file.name} was trained for another model than {folder.name!r}: {len(misfits)} keys of it have another shape ({_first(misfits)})."
-        )
-    names = [key.module if key.part is None else f"{key.part} {key.module}" for key in file.pairs]
-    raise ModelError(f"{file.name} fits no weight of {folder.name!r}: 0 of {len(names)} keys are known ({_first(names)}); name the model it is for.")
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """Names and shapes of a network's weights.
-
-    Attributes:
-        name: "unet", or the component of the text side.
-        part: what LoRA files call it.
-        shapes: module -> shape of its weight.
-        aliases: what a LoRA may call a module -> module.
-    """
-
-    name: str
-    part: str
-    shapes: Mapping[str, torch.Size]
-    aliases: Mapping[str, str]
-
-
-def networks_of(folder: ModelFolder, entry: ExpertEntry) -> list[Network]:
-    """The networks that an expert uses: its U-Net, and what it reads prompts with."""
-    unet = _shapes(_unet(folder, entry.subfolder))
-    original = ldm_names(unet, folder.configs[entry.subfolder].get("layers_per_block", 2))
-    networks = [Network(_UNET, _UNET, unet, _with_flat({name: name for name in unet} | original))]
-    family = folder.family if entry.text is None else entry.text.family
-    for part in TEXT_PARTS[family]:
-        if not part.startswith("tokenizer"):
-            name = part if entry.text is None else entry.text.parts[part]
-            shapes = _shapes(_text(folder, name))
-            # transformers' CLIP towers lost the level "text_model" in version 5.6, and with it the LoRAs that are trained with them.
-            aliases = {alias: one for one in shapes for alias in (one, one.removeprefix(_TEXT_PREFIX))}
-            networks.append(Network(name, part, shapes, _with_flat(aliases)))
-    return networks
-
-
-def _fit(networks: Sequence[Network], file: LoraFile) -> tuple[Fit, list[str]]:
-    fit: dict[LoraKey, tuple[str, str]] = {}
-    misfits: list[str] = []
-    for key, pair in file.pairs.items():
-        named = [(one, one.aliases[key.module]) for one in networks if key.part in (None, one.part) and key.module in one.aliases]
-        fitting = [(one.name, module) for one, module in named if _changes(pair, one.shapes[module])]
-        if len(fitting) > 1:
-            raise ModelError(f"{file.name} does not say which of {', '.join(name for name, _ in fitting)} its {key.module} is for; save it again.")
-        if fitting:
-            fit[key] = fitting[0]
-        elif named:
-            one, module = named[0]
-            misfits.append(f"{module} {tuple(_product_shape(pair))} for {tuple(one.shapes[module])}")
-    return fit, misfits
-
-
-def _product_shape(pair: LowRank) -> torch.Size:
-    return torch.Size((pair.up.shape[0], *pair.down.shape[1:]))
-
-
-def _changes(pair: LowRank, shape: torch.Size) -> bool:
-    """Whether a pair's product has a weight's shape; a 1×1 convolution is a linear layer, which some checkpoints have in its place."""
-    return _without_ones(_product_shape(pair)) == _without_ones(shape)
-
-
-def _without_ones(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(shape[:2]) if tuple(shape[2:]) in ((), (1, 1)) else tuple(shape)
-
-
-def _with_flat(aliases: Mapping[str, str]) -> dict[str, str]:
-    return {**aliases, **{alias.replace(".", "_"): module for alias, module in aliases.items()}}
-
-
-def _shapes(network: nn.Module) -> dict[str, torch.Size]:
-    return {name.removesuffix(".weight"): p.shape for name, p in network.named_parameters() if name.endswith(".weight") and p.ndim > 1}
-
-
-def _unet(folder: ModelFolder, subfolder: str) -> nn.Module:
-    config = folder.configs[subfolder]
-    try:
-        own = UNetConfig.from_dict(config)
-    except ModelError:
-        from .library import empty_unet  # costs seconds of imports, so only where it is needed
-
-        return empty_unet(config)
-    return without_storage(lambda: UNet(own))
-
-
-def _text(folder: ModelFolder, name: str) -> nn.Module:
-    config = folder.configs[name]
-    match folder.parts[name]:
-        case "Conditioner":
-            return without_storage(lambda: Conditioner(ConditionerConfig.from_dict(config)))
-        case "T5EncoderModel":
-            return without_storage(lambda: T5Encoder(T5Config.from_dict(config)))
-        case kind:
-            return without_storage(lambda: CLIPText(CLIPTextConfig.from_dict(config), projection=kind == "CLIPTextModelWithProjection"))
-
-
 def baked_unet(adapters: Adapters, expert: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an expert's U-Net with the LoRAs added for good.
 
@@ -471,14 +333,9 @@ def baked_text(adapters: Adapters, component: str, state: Mapping[str, Tensor], 
 
 
 def _baked(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
-    names = {module: f"{module if f'{module}.weight' in state else module.removeprefix(_TEXT_PREFIX)}.weight" for module in pairs}
+    names = {module: f"{module if f'{module}.weight' in state else module.removeprefix(TEXT_PREFIX)}.weight" for module in pairs}
     return {**state, **{names[module]: with_pairs(state[names[module]], own).to(state[names[module]].dtype) for module, own in pairs.items()}}
 
 
 def _listed(numbers: Iterable[int]) -> str:
     return " and ".join(map(str, numbers))
-
-
-def _first(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(f"{name:.120}" for name in listed[:3]) + (", …" if len(listed) > 3 else "")

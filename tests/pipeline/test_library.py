@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_files import LINEAR, pipeline_of, write_diffusers
 from safetensors.torch import load_file
 from tiny_models import randomised
 from tu_diffuse.errors import ModelError
+from tu_diffuse.pipeline.adapters import Shelf
 from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.loading import adapted_to, load_model
 from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 from tu_diffuse.training.forking import fork, put_weights
@@ -81,6 +83,24 @@ def test_deltas_of_what_the_library_computes(odd_folder: Path, tmp_path: Path):
     (tmp_path / "delta-trained" / "unet_t0000-0500" / "delta.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="are not the ones that"):
         pixels(tmp_path / "delta-trained")
+
+
+def test_loras_of_what_the_library_computes(odd_folder: Path, tmp_path: Path):
+    path = write_diffusers(tmp_path / "a.safetensors", odd_folder, targets=[*LINEAR, "conv1"])
+    shelf = Shelf(open_folder(odd_folder))
+    request = resolve(shelf.folder, "a cat", [3], steps=4, guidance=3.0, loras=[shelf.lora(f"{path}:0.2")])
+    plain = load_model(shelf.folder, dtype="float32", device="cpu")
+    events = list(text_to_image(adapted_to(plain, shelf, request), request))
+    latents = [event.x0 for event in events if isinstance(event, Progress)][-1]
+    pipeline = pipeline_of(odd_folder)
+    asked = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    before = pipeline("a cat", generator=torch.Generator().manual_seed(3), **asked).images
+    pipeline.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="a")
+    pipeline.set_adapters(["a"], [0.2])
+    wanted = pipeline("a cat", generator=torch.Generator().manual_seed(3), **asked).images
+    scale = max(1.0, float(wanted.abs().max()))
+    assert (wanted - before).abs().max() > 1e-2 * scale
+    assert (latents - wanted).abs().max() <= 1e-4 * scale
 
 
 def test_what_nobody_covers_is_one_error(odd_folder: Path, tmp_path: Path):

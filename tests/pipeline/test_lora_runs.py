@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.adapters import Shelf, baked_text, networks_of
+from tu_diffuse.pipeline.adapters import Shelf, baked_text
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, adapted_to, load_model
+from tu_diffuse.pipeline.lora_fit import networks_of
 from tu_diffuse.pipeline.metadata import read_metadata
 from tu_diffuse.pipeline.request import Request, resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
@@ -154,6 +155,16 @@ def test_a_lora_of_sdxl_base_leaves_its_refiner_alone(sdxl_folder: Path, refiner
     assert use.matched == use.keys
     with pytest.raises(ModelError, match="another shape"):
         Shelf(folder).lora(f"{tmp_path / 'a.safetensors'}@{folder.experts[0].name}")
+
+
+def test_what_fits_in_part_is_said(sd1_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    names = kohya_names(sd1_folder, text=False) | {"lora_unet_up_blocks_3_conv": torch.Size([8, 8]), "lora_te2_text_projection": torch.Size([8, 8])}
+    path = write_kohya(tmp_path / "half.safetensors", names)
+    command = ["generate", "a", "--model", str(sd1_folder), "--steps", "1", "--seed", "1", "--out", str(tmp_path / "a.png"), "--lora", str(path)]
+    assert run(command) == 0
+    assert f"half.safetensors: {len(names) - 2} of {len(names)} keys fit this model" in capsys.readouterr().err
+    (use,) = read_metadata(tmp_path / "a.png")["loras"]
+    assert (use["matched"], use["keys"]) == (len(names) - 2, len(names))
 
 
 # Embeddings
