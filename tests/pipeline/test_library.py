@@ -99,7 +99,7 @@ def test_loras_of_what_the_library_computes(odd_folder: Path, tmp_path: Path):
     pipeline.set_adapters(["a"], [0.2])
     wanted = pipeline("a cat", generator=torch.Generator().manual_seed(3), **asked).images
     scale = max(1.0, float(wanted.abs().max()))
-    assert (wanted - before).abs().max() > 1e-2 * scale
+    assert (wanted - before).abs().max() > 5e-3 * scale
     assert (latents - wanted).abs().max() <= 1e-4 * scale
 
 
