@@ -96,11 +96,11 @@ def head_line(folder: ModelFolder, usual: Mapping[str, Value]) -> list[tuple[str
 
 
 def shared_arguments(folder: ModelFolder, **circumstances: str) -> list[str]:
-    """The arguments of `generate` that all pictures of a run share: the model by its name (paths stay private), and what is not "auto"."""
+    """The arguments of `generate` that all pictures of a run share: the model by its name (paths stay private), and what is not usual."""
     name = folder.name if folder.commit is None else f"{folder.name}@{folder.commit}"
     model = [] if folder.path == EMBEDDED else ["--model", name]
     model += [] if within_single_file(folder.path) is None else ["--prediction-type", folder.noise.prediction_type]
-    return model + [part for name, value in circumstances.items() if value != "auto" for part in (f"--{name}", value)]
+    return model + [part for name, value in circumstances.items() if value not in ("auto", "none") for part in (f"--{name}", value)]
 
 
 def generate_commands(folder: ModelFolder, items: Iterable[Item], shared: Sequence[str]) -> list[str]:

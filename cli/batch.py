@@ -25,6 +25,7 @@ from .options import (
     MaskBlur,
     Model,
     PredictionType,
+    Quantize,
     Resize,
     Strength,
     Tile,
@@ -137,6 +138,7 @@ def batch(
     device: Device = "auto",
     devices: Annotated[str | None, typer.Option(metavar="D1,D2,...", help="Draw on several devices at once, as in cuda:0,cuda:1.")] = None,
     attention: Attention = "auto",
+    quantize: Quantize = "none",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -212,9 +214,10 @@ def batch(
     file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
     folder = open_folder(model, prediction_type)
     placed = (device if devices is None else devices).split(",")
-    places = [choose_place(dtype, name, attention) for name in placed]
+    places = [choose_place(dtype, name, attention, quantize) for name in placed]
     where = [{"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)} for place in places]
     circumstances: dict[str, Any] = {name: "+".join(sorted({one[name] for one in where})) for name in where[0]}
+    circumstances |= {} if quantize == "none" else {"quantize": quantize}
     clip = None if score_model is None else open_score_model(score_model)
     if clip is not None:
         circumstances |= {"best_of": best_of, "score_model": clip.hash}
@@ -249,7 +252,7 @@ def batch(
         reporter.expected(expect(studio, plan, out, which, windows[0], len(places)))
         return
     try_folder(out)
-    shared = shared_arguments(folder, dtype=dtype, device=placed[0], attention=attention)
+    shared = shared_arguments(folder, dtype=dtype, device=placed[0], attention=attention, quantize=quantize)
     started, loads = time.monotonic(), Counter[str]()
     with only_run(out, which):
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)

@@ -24,6 +24,7 @@ from .options import (
     MaskBlur,
     Model,
     PredictionType,
+    Quantize,
     Resize,
     Strength,
     Tile,
@@ -76,6 +77,7 @@ def generate(
     dtype: DType = "auto",
     device: Device = "auto",
     attention: Attention = "auto",
+    quantize: Quantize = "none",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -161,7 +163,7 @@ def generate(
     for unused in (one for one in embeddings if not any(one in request.embeddings for request in requests)):
         raise UsageError(f"the word {unused.token!r} of --embedding {unused.name} stands in no prompt; write it where it belongs, or leave it out.")
     target = plan_target(out, name, format, pictures=len(texts) * count)
-    loaded = load_model(folder, dtype=dtype, device=device, attention=attention)
+    loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize)
     gc.freeze()
     gc.enable()
 

@@ -41,6 +41,9 @@ Embeddings = Annotated[
         help="Textual-inversion embedding, used where its word stands in a prompt; the word is what the file names, else its name; may be repeated.",
     ),
 ]
+Quantize = Annotated[
+    str, typer.Option("--quantize", help="int8: linear layers of text encoders and experts as 8-bit integers, by torchao, in less memory; none.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -77,14 +77,15 @@ def replay(
     dtype, device, attention = (
         settings[name] if value == "recorded" else value for name, value in (("dtype", dtype), ("device", device), ("attention", attention))
     )
+    quantize = settings.get("quantize", "none")
     files = find_by_hash([*(lora or []), *(embedding or [])], [*request.loras, *request.embeddings])
     company = company_of(picture, settings)
     if company is not None:
         company = [replace(item, request=with_pictures(item.request, lambda one: located(one, places))) for item in company]
-        new = draw_again(folder, choose_place(dtype, device, attention), company, settings["item"], settings["seed"], files)
+        new = draw_again(folder, choose_place(dtype, device, attention, quantize), company, settings["item"], settings["seed"], files)
     else:
         request = with_pictures(request, lambda one: located(one, places))
-        loaded = load_model(folder, dtype=dtype, device=device, attention=attention)
+        loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize)
         new = redraw(adapted_to(loaded, Shelf(folder, files), request), request, index)
     difference = compare(picture, new.pixels, new.settings)
     equal = difference.largest == 0

@@ -23,6 +23,7 @@ from ..unet.experts import ExpertEntry
 from ..unet.layers import Recorder
 from ..weights import check_finite, placed, read_json, weight_files
 from .folder import ModelFolder
+from .quantize import quantized
 
 MAX_WIDTH, MAX_LAYERS = 2**17, 1024
 _VAES = {
@@ -120,7 +121,9 @@ class _Scale:
         self.force_upcast = bool(config.get("force_upcast", False))
 
 
-def library_expert(folder: ModelFolder, entry: ExpertEntry, dtype: torch.dtype, device: torch.device, refusal: ModelError) -> LibraryDenoiser:
+def library_expert(
+    folder: ModelFolder, entry: ExpertEntry, dtype: torch.dtype, device: torch.device, refusal: ModelError, quantize: str = "none"
+) -> LibraryDenoiser:
     """Load one expert's U-Net with diffusers.
 
     Args:
@@ -129,6 +132,7 @@ def library_expert(folder: ModelFolder, entry: ExpertEntry, dtype: torch.dtype, 
         dtype: of the weights.
         device: where they go.
         refusal: why our own network did not take it; repeated when diffusers does not take it either.
+        quantize: see `quantize.quantized`.
 
     Raises:
         ModelError: diffusers does not take it, or its weights are not the ones that a hash names.
@@ -138,7 +142,7 @@ def library_expert(folder: ModelFolder, entry: ExpertEntry, dtype: torch.dtype, 
     unet = _load(UNet2DConditionModel, folders[-1], dtype, refusal)
     if len(folders) > 1:
         unet.load_state_dict({name: placed(name, stored.tensor, stored.origin, dtype, "cpu") for name, stored in read_expert(folders[0]).items()})
-    return LibraryDenoiser(unet.to(device), folder.noise.prediction_type, folder.noise.timestep_at)
+    return LibraryDenoiser(quantized(unet.to(device), quantize), folder.noise.prediction_type, folder.noise.timestep_at)
 
 
 def library_vae(folder: ModelFolder, dtype: torch.dtype, device: torch.device, refusal: ModelError) -> Any:

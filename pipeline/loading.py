@@ -22,6 +22,7 @@ from ..unet.config import UNetConfig
 from ..unet.experts import ExpertEntry, ExpertText
 from ..unet.lora import adapted
 from ..unet.residency import ExpertPool, Keep, expert_pool, identities
+from ..unet.unet import UNet
 from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
@@ -29,6 +30,7 @@ from ..vae.config import AutoencoderConfig
 from ..weights import load_weights, without_storage
 from .adapters import NO_ADAPTERS, Adapters, Shelf
 from .folder import ModelFolder, expert_bytes
+from .quantize import check_quantize, quantized
 from .request import Request
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,11 +53,13 @@ class Place:
         device: where they are.
         dtype: of their weights.
         attention: the kernel that was asked for.
+        quantize: how the linear layers of text encoders and experts are stored, one of `quantize.KINDS`.
     """
 
     device: torch.device
     dtype: torch.dtype
     attention: AttentionBackend
+    quantize: str = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,19 +87,19 @@ class Model:
     adapters: Adapters = NO_ADAPTERS
 
 
-def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto", attention: str = "auto") -> Model:
+def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto", attention: str = "auto", quantize: str = "none") -> Model:
     """Load every part of a model.
 
     Args:
         folder: from `folder.open_folder`.
-        dtype, device, attention: see `choose_place`.
+        dtype, device, attention, quantize: see `choose_place`.
 
     Raises:
         UsageError: see `choose_place`.
         UnsafeError: weights are there as pickles only.
         ModelError: weights are missing, damaged, or do not fit their config.
     """
-    place = choose_place(dtype, device, attention)
+    place = choose_place(dtype, device, attention, quantize)
     codec, codec_fallbacks = load_codec(folder, place)
     experts, expert_fallbacks = load_experts(folder, place)
     texts = load_texts(folder, place)
@@ -116,16 +120,17 @@ def adapted_to(model: Model, shelf: Shelf, request: Request) -> Model:
     return replace(model, readers=readers_of(model.folder, model.texts, adapters), adapters=adapters)
 
 
-def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "auto") -> Place:
+def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "auto", quantize: str = "none") -> Place:
     """Where and how to compute, by name.
 
     Args:
         dtype: "float32", "float16", "bfloat16", or "auto": float32 on a CPU, float16 elsewhere.
         device: see `choose_device`.
         attention: a name in `AttentionBackend`.
+        quantize: see `quantize.check_quantize`.
 
     Raises:
-        UsageError: a name that is not known, or a device that is not there.
+        UsageError: a name that is not known, a device that is not there, or as `check_quantize`.
     """
     where = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -133,7 +138,7 @@ def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "au
     if attention not in [backend.value for backend in AttentionBackend]:
         raise UsageError(f"--attention {attention!r} is not known; use one of {', '.join(AttentionBackend)}.")
     number = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else torch.float16
-    return Place(where, number, AttentionBackend(attention))
+    return Place(where, number, AttentionBackend(attention), check_quantize(quantize, where))
 
 
 def choose_device(name: str) -> torch.device:
@@ -181,7 +186,8 @@ def load_text(
             projection = folder.parts[name] == "CLIPTextModelWithProjection"
             tower = without_storage(lambda: CLIPText(config, projection, backend))
             tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
-            known[name] = ClipPart(tokenizer, load_weights(tower, folder.path / name, "model", dtype, device, convert=clip_state_dict))
+            load_weights(tower, folder.path / name, "model", dtype, device, convert=clip_state_dict)
+            known[name] = ClipPart(tokenizer, quantized(tower, place.quantize))
         return known[name]
 
     def t5(part: str, masked: bool) -> T5Part:
@@ -189,7 +195,8 @@ def load_text(
         config = T5Config.from_dict(folder.configs[name])
         encoder = without_storage(lambda: T5Encoder(config, backend))
         tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
-        return T5Part(tokenizer, load_weights(encoder, folder.path / name, "model", dtype, device, convert=t5_state_dict), masked)
+        load_weights(encoder, folder.path / name, "model", dtype, device, convert=t5_state_dict)
+        return T5Part(tokenizer, quantized(encoder, place.quantize), masked)
 
     match family:
         case "sd":
@@ -342,7 +349,8 @@ def load_experts(folder: ModelFolder, place: Place, keep: Keep | None = None) ->
     except ModelError as refusal:
         from .library import library_expert
 
-        loaders = {entry.name: partial(library_expert, folder, entry, dtype, device, refusal) for entry in folder.experts}
+        loaders = {entry.name: partial(library_expert, folder, entry, dtype, device, refusal, place.quantize) for entry in folder.experts}
         known = identities(folder.path, folder.experts)
         return ExpertPool(folder.experts, loaders, keep, known), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
-    return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, place.attention, keep=keep), ()
+    finish: Callable[[UNet], UNet] | None = None if place.quantize == "none" else partial(quantized, kind=place.quantize)
+    return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, place.attention, keep=keep, finish=finish), ()

@@ -174,6 +174,7 @@ def applied_settings(
         "dtype": str(place.dtype).removeprefix("torch."),
         "device": place.device.type,
         "attention": str(place.attention),
+        "quantize": place.quantize,
         "experts": experts,
         "truncated": dict(truncated),
         "fallbacks": list(dict.fromkeys(fallbacks)),

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..weights import read_safetensors
 
 METADATA = "lora_adapter_metadata"  # header entry in which diffusers keeps peft's settings, as JSON with names that begin with "unet."
@@ -73,10 +74,15 @@ def adapted(network: N, pairs: Pairs) -> N:
     Args:
         network: any, with `{module}.weight` for every module that the pairs name, of their shape.
         pairs: what to add.
+
+    Raises:
+        UsageError: the weights are quantized.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     for module, own in pairs.items():
         weight = network.get_parameter(f"{module}.weight")
+        if is_traceable_wrapper_subclass(weight):
+            raise UsageError("LoRAs cannot be added to quantized weights; leave out --quantize.")
         memo[id(weight)] = nn.Parameter(with_pairs(weight, own).to(weight), requires_grad=False)
     return copy.deepcopy(network, memo)
 

@@ -249,6 +249,12 @@ def parked(load: Loader, device: torch.device | str) -> Loader:
     return to_device
 
 
+def _finished(load: Loader, finish: Callable[[UNet], UNet]) -> UNetDenoiser:
+    denoiser = load()
+    finish(denoiser.unet)
+    return denoiser
+
+
 def expert_pool(
     folder: Path,
     entries: Sequence[ExpertEntry],
@@ -259,6 +265,7 @@ def expert_pool(
     backend: AttentionBackend = AttentionBackend.AUTO,
     variant: str | None = None,
     keep: Keep = "active",
+    finish: Callable[[UNet], UNet] | None = None,
 ) -> ExpertPool:
     """The pool for a model folder's experts: `load_expert` for each, parked in pinned memory on CUDA with keep "active".
 
@@ -269,12 +276,13 @@ def expert_pool(
         entries: from `experts.read_experts`.
         prediction_type, to_timestep, dtype, device, backend, variant: see `load_expert`.
         keep: see `ExpertPool`.
+        finish: what is done to each network once it is loaded, such as quantizing it; with it nothing is parked.
     """
-    parks = torch.device(device).type == "cuda" and keep == "active"
+    parks = torch.device(device).type == "cuda" and keep == "active" and finish is None
     bases = Bases([base for entry in entries for base in chain(folder / entry.subfolder)[1:]], dtype, device, variant)
     loaders: dict[str, Loader] = {}
     for entry in entries:
         where = "cpu" if parks else device
         load = partial(load_expert, folder / entry.subfolder, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256, bases)
-        loaders[entry.name] = parked(load, device) if parks else load
+        loaders[entry.name] = parked(load, device) if parks else load if finish is None else partial(_finished, load, finish)
     return ExpertPool(entries, loaders, keep, identities(folder, entries))
