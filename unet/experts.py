@@ -21,6 +21,7 @@ from ..contracts import Conditioning, Denoiser
 from ..errors import ModelError
 from ..weights import inside, read_json
 
+_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
 VERSIONS = (1, 2)  # 2 where an expert reads prompts in its own way, which version 1 cannot say
 PREFETCH_RATIO = 2.0
 """An expert's lower neighbour is prefetched once sigma is below this multiple of the border: two or three steps ahead in a run of 20 to 30 steps."""
@@ -241,12 +242,12 @@ def _entry(path: Path, item: Any) -> ExpertEntry:
     if not isinstance(item, dict) or item.keys() - ExpertEntry.__dataclass_fields__.keys():
         raise ModelError(f"{path} has an expert {item!r:.200}; wanted an object with {', '.join(ExpertEntry.__dataclass_fields__)}.")
     name, subfolder = item.get("name"), item.get("subfolder")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
-        raise ModelError(f"{path} has an expert named {name!r:.200}; wanted 1 to 64 letters, digits, dots, dashes and underscores.")
+    if not isinstance(name, str) or not re.fullmatch(_NAME, name):
+        raise ModelError(f"{path} has an expert named {name!r:.200}; wanted 1 to 64 letters, digits, dots, dashes and underscores, no dot first.")
     inside(path.parent, subfolder)
     low, high = _number(path, item, "sigma_min"), math.inf if item.get("sigma_max") is None else _number(path, item, "sigma_max")
     guidance = None if item.get("guidance") is None else _number(path, item, "guidance")
-    for field, pattern in (("parent", r"[A-Za-z0-9._-]{1,64}"), ("sha256", r"[0-9a-f]{64}")):
+    for field, pattern in (("parent", _NAME), ("sha256", r"[0-9a-f]{64}")):
         value = item.get(field)
         if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
             raise ModelError(f"{path} gives expert {name!r} {field} {value!r:.200}; wanted null or text like {pattern}.")

@@ -1,0 +1,76 @@
+"""Pickles in every place that a command reads: none is ever loaded, whatever it is called and wherever it lies."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from itertools import cycle
+from pathlib import Path
+
+import live_pickles
+import pytest
+from pickle_places import PLACES
+from safety_scenes import Scene
+from tu_diffuse.cli.main import run
+
+_found: list[object] = []
+sys.addaudithook(lambda event, arguments: _found.append(arguments) if event == "pickle.find_class" else None)
+
+
+@pytest.fixture(scope="session")
+def canaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a pickle that is loaded leaves a file."""
+    return tmp_path_factory.mktemp("canaries")
+
+
+@pytest.fixture(scope="session")
+def pickles(canaries: Path) -> dict[str, bytes]:
+    return live_pickles.fixtures(canaries)
+
+
+def test_each_fixture_is_live(tmp_path: Path):
+    """The control: loaded as careless programs do, each leaves its canary."""
+    subprocess.run([sys.executable, live_pickles.__file__, str(tmp_path)], check=True, capture_output=True)
+    fixtures = live_pickles.fixtures(tmp_path)
+    assert len(fixtures) >= 60
+    assert [name for number, name in enumerate(fixtures) if not os.path.lexists(tmp_path / str(number))] == []
+
+
+def refused(whole: Scene, tmp_path: Path, canaries: Path, place: str, command: str, data: bytes) -> int:
+    """Run a command over a scene with the pickle in its place; its exit code."""
+    scene = whole.copy(tmp_path / "scene")
+    PLACES[place].put(scene, data)
+    arguments = [str(argument) for argument in PLACES[place].commands[command](scene)]
+    _found.clear()
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = run(arguments)
+    assert os.listdir(canaries) == []
+    assert _found == []
+    told = f"{place}, {command}: {code} {said.getvalue()}"
+    assert "with --debug" not in told, told
+    assert code in ((0, 1, 2, 3, 4) if command == "experts suggest-boundary" else (0, 2, 3, 4)), told
+    return code
+
+
+_numbers = cycle(range(10_000))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_pickle_is_loaded(whole: Scene, tmp_path: Path, canaries: Path, pickles: dict[str, bytes], place: str):
+    """Each place with every command that reads it; the fixtures take turns."""
+    codes: dict[str, int] = {}
+    for number, command in enumerate(PLACES[place].commands):
+        data = list(pickles.values())[next(_numbers) % len(pickles)]
+        codes[command] = refused(whole, tmp_path / str(number), canaries, place, command, data)
+    assert {command: codes[command] for command in PLACES[place].refused if codes[command] not in (3, 4)} == {}
+    assert not PLACES[place].harmless or set(codes.values()) <= {0, 1}, codes
+
+
+@pytest.mark.slow
+def test_no_pickle_is_loaded_in_any_place(whole: Scene, tmp_path: Path, canaries: Path, pickles: dict[str, bytes]):
+    """Each fixture in each place, with the first command that reads it."""
+    for name, place in ((name, place) for name in pickles for place in PLACES):
+        scene = tmp_path / f"{len(os.listdir(tmp_path))}"
+        refused(whole, scene, canaries, place, next(iter(PLACES[place].commands)), pickles[name])
