@@ -288,6 +288,8 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(header, dict):
         raise ModelError(f"{path} has no readable safetensors header (not a JSON object); fetch or save it again.")
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelError(f"{path} has no readable safetensors header (its __metadata__ is no table of texts); fetch or save it again.")
     if len(header) > MAX_TENSORS:
         raise ModelError(f"{path} claims {len(header)} tensors, more than the {MAX_TENSORS} that are allowed.")
     spans = sorted(_span(path, name, tensor) for name, tensor in header.items())
@@ -305,7 +307,9 @@ def _not_safetensors(path: Path, prefix: bytes, why: str) -> NoReturn:
 def _span(path: Path, name: str, tensor: object) -> tuple[int, int]:
     """Where a tensor lies among the file's tensors: (begin, end)."""
     match tensor:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if dtype in _BYTES and len(shape) <= 16:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
+            dtype in _BYTES and len(shape) <= 16 and len(name) <= 1000
+        ):
             if all(type(side) is int and side >= 0 for side in shape) and begin >= 0 and end - begin == math.prod(shape) * _BYTES[dtype]:
                 return begin, end
         case _:

@@ -61,17 +61,18 @@ def replay(
     from ..pipeline.folder import open_folder
     from ..pipeline.inputs import located
     from ..pipeline.loading import adapted_to, choose_place, load_model
-    from ..pipeline.replay import compare, model_of, redraw, request_of
+    from ..pipeline.replay import check_size, compare, made_with, model_of, redraw, request_of
     from ..pipeline.request import with_pictures
 
     places = [*(input or []), picture.absolute().parent]
-    made_with = settings["model"]
-    named = model_of(model, made_with)
-    folder = open_folder(named, made_with.get("prediction_type") if named is not None and named.is_file() else None)
+    recorded = made_with(settings)
+    named = model_of(model, recorded)
+    folder = open_folder(named, recorded.get("prediction_type") if named is not None and named.is_file() else None)
     request, index = request_of(folder, settings)
-    if folder.fingerprint != made_with["hash"]:
+    check_size(picture, request)
+    if folder.fingerprint != recorded["hash"]:
         raise UsageError(
-            f"{picture.name} was made with the model {made_with['name']!r} (hash {made_with['hash'][:10]}), not with {folder.name!r} "
+            f"{picture.name} was made with the model {recorded['name']!r} (hash {recorded['hash'][:10]}), not with {folder.name!r} "
             f"({folder.fingerprint[:10]}); name its folder with --model."
         )
     dtype, device, attention = (

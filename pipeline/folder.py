@@ -191,6 +191,9 @@ def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelF
     _refuse_code(folder, index, folders)
     configs = {name: read_json(folder / name / _config_name(name)) for name in parts if not name.startswith("tokenizer")}
     configs |= {name: read_json(bases[-1] / "config.json") for name, bases in chains.items()}
+    channels = configs["unet"].get("in_channels", 4)
+    if type(channels) is not int or not 1 <= channels <= 1024:
+        raise ModelError(f"the U-Net's config.json has in_channels = {channels!r:.100}; a whole number up to 1024 was wanted; fetch the model again.")
     family = _family(folder, parts)
     _check_texts(folder, parts, experts)
     factor = _factor(configs["vae"])
@@ -443,7 +446,7 @@ def _defaults(folder: Path, family: str, configs: Mapping[str, Mapping[str, Any]
     """
     sample_size = configs["unet"].get("sample_size")
     side = factor * (sample_size if isinstance(sample_size, int) and 1 <= sample_size <= 1024 else 64)
-    sampler = _SAMPLERS[str(configs["scheduler"].get("_class_name"))]
+    sampler = _SAMPLERS[configs["scheduler"].get("_class_name") or "DDPMScheduler"]
     spacing = SAMPLERS[sampler].default_spacing if sampler == "lcm" or noise.spacing is None else noise.spacing
     steps, guidance = (8, 1.0) if sampler == "lcm" else (30, 5.0 if family.startswith("sdxl") else 7.5)
     known = asdict(Defaults(width=side, height=side, steps=steps, sampler=sampler, schedule=spacing, guidance=guidance))

@@ -25,7 +25,7 @@ from ..weights import check_finite, placed, read_json, weight_files
 from .folder import ModelFolder
 from .quantize import quantized
 
-MAX_WIDTH, MAX_LAYERS = 2**17, 1024
+MAX_WIDTH, MAX_LAYERS = 2**17, 512
 _VAES = {
     "AutoencoderKL": AutoencoderKL,
     "AutoencoderDC": AutoencoderDC,
@@ -147,12 +147,17 @@ def library_expert(
 
 def library_vae(folder: ModelFolder, dtype: torch.dtype, device: torch.device, refusal: ModelError) -> Any:
     """Load the autoencoder with diffusers; arguments and errors as for `library_expert`."""
+    scale = folder.configs["vae"].get("scaling_factor", 1.0)
+    if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+        raise refusal
     return LibraryVAE(_load(_VAES[folder.parts["vae"]], folder.path / "vae", dtype, refusal), folder.factor).to(device)
 
 
 def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> Any:
     weight_files(folder)  # refuses pickles and file names that lead outside, before the library looks
-    if not _is_modest(read_json(folder / "config.json")):
+    config = read_json(folder / "config.json")
+    layers, depths = (_numbers(config.get(name, 1)) for name in ("layers_per_block", "transformer_layers_per_block"))
+    if not _is_modest(config) or sum(layers) * max(depths, default=1) > MAX_LAYERS:
         raise refusal
     try:
         network, told = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
@@ -164,6 +169,13 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> A
     for name, parameter in network.named_parameters():
         check_finite(name, parameter, folder)
     return network.requires_grad_(False).eval()
+
+
+def _numbers(value: object) -> list[float]:
+    """The numbers of a value, in lists of any depth."""
+    if isinstance(value, list):
+        return [number for inner in value for number in _numbers(inner)]
+    return [value] if isinstance(value, int | float) else []
 
 
 def _is_modest(value: object, layers: bool = False) -> bool:

@@ -38,6 +38,19 @@ class Difference:
     pixels: int
 
 
+def made_with(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `model` of a picture's settings.
+
+    Raises:
+        DataError: there is none, or its name or hash is no text.
+    """
+    match settings.get("model"):
+        case {"name": str(), "hash": str()} as recorded:
+            return recorded
+        case other:
+            raise DataError(f"the picture's settings name the model as {other!r:.100}; they were changed after it was made.")
+
+
 def model_of(named: Path | None, made_with: Mapping[str, Any]) -> Path | None:
     """The model that a picture is drawn with again: at the recorded commit, where it came from the hub.
 
@@ -85,7 +98,7 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
             tile=settings.get("tile"),
         )
         index = request.seeds.index(settings["seed"])
-        texts = [settings["model"]["name"], settings["model"]["hash"], *(settings[name] for name in ("dtype", "device", "attention"))]
+        texts = [settings[name] for name in ("dtype", "device", "attention")]
         wholes = [request.width, request.height, request.steps, *request.seeds]
         if not all(isinstance(text, str) for text in texts) or not all(type(whole) is int for whole in wholes):
             raise TypeError("text where a number should be, or a number where a text should be")

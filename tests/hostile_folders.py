@@ -22,14 +22,14 @@ def _code(folder: Path, name: str) -> None:
     put(folder / name, canary_code(folder))
 
 
-def _edit(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+def change_json(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((folder / name).read_bytes())
     change(content)
     put(folder / name, content)
 
 
 def _set(folder: Path, name: str, **values: Any) -> None:
-    _edit(folder, name, lambda content: content.update(values))
+    change_json(folder, name, lambda content: content.update(values))
 
 
 def _link(folder: Path, name: str, target: str) -> None:
@@ -164,7 +164,7 @@ def _weight_map(folder: Path, part: str, stem: str, name: Any) -> None:
 
 
 def _expert(folder: Path, field: str, name: Any) -> None:
-    _edit(folder, "experts.json", lambda content: content["experts"][0].update({field: name}))
+    change_json(folder, "experts.json", lambda content: content["experts"][0].update({field: name}))
 
 
 def _text(folder: Path, name: Any) -> None:

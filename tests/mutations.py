@@ -49,9 +49,12 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 def json_mutation(data: bytes, random: Random) -> bytes:
     """One to three values of a document become odd, are removed, renamed or doubled; or its text is damaged."""
+    try:
+        document = json.loads(data)
+    except ValueError:  # mutated before
+        return damaged(data, random)
     if random.random() < 0.15:
         return damaged(data, random)
-    document = json.loads(data)
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         places = _places(document)
         if not places:
@@ -105,7 +108,9 @@ def damaged(data: bytes, random: Random) -> bytes:
 
 def safetensors_mutation(data: bytes, random: Random) -> bytes:
     """The header's length, or one of its entries, or its bytes, or those of the tensors, become something else."""
-    length = struct.unpack("<Q", data[:8])[0]
+    length = struct.unpack("<Q", data[:8])[0] if len(data) > 8 else 0
+    if not 2 <= length < len(data):  # mutated before
+        return damaged(data, random)
     header, tensors = data[8 : 8 + length], data[8 + length :]
     kind = random.randrange(10)
     if kind == 0:
@@ -121,17 +126,18 @@ def safetensors_mutation(data: bytes, random: Random) -> bytes:
         spot = random.randrange(max(1, len(tensors) - 4))
         tensors = tensors[:spot] + random.choice((b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff" * 4)) + tensors[spot + 4 :]  # NaN, infinity
         return data[: 8 + length] + tensors[: len(data) - 8 - length]
-    content: dict[str, Any] = json.loads(header)
-    names = [name for name in content if name != "__metadata__"]
+    try:
+        content: dict[str, Any] = json.loads(header)
+        names = [name for name in content if name != "__metadata__" and len(content[name]["data_offsets"]) == 2]
+    except (ValueError, TypeError, KeyError, AttributeError):  # mutated before
+        return damaged(data, random)
     entry = content[random.choice(names)]
     begin, end = entry["data_offsets"]
     size = len(tensors)
     odd = random.choice((0, begin, end, end - 1, end + 1, size, size + 1, 2 * size, -1, 2**63, 2**64, 1.0, "0", None))
     match kind:
         case 5:
-            entry["data_offsets"] = random.choice(
-                ([begin, random.choice(ends)], [random.choice(ends), end], [end, begin], [], [0], [0, end, 1], "x", None)
-            )
+            entry["data_offsets"] = random.choice(([begin, odd], [odd, end], [end, begin], [], [0], [0, end, 1], "x", None))
         case 6:
             entry["shape"] = random.choice((*SHAPES, [end - begin], entry["shape"][::-1]))
         case 7:

@@ -1,9 +1,12 @@
 """What hostile files are put into, and every command that loads something, as a command line over these files."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,3 +136,18 @@ def make_scene(root: Path, ensemble: Path) -> Scene:
     for path in scene.tuned.glob("*.*"):
         path.unlink()
     return scene
+
+
+@contextlib.contextmanager
+def bounded(megabytes: int) -> Iterator[None]:
+    """At most so much more address space, so that a large allocation fails at once, and 20 seconds of CPU time."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, hard))
+    before = time.process_time()
+    try:
+        yield
+        assert time.process_time() - before < 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -2,37 +2,17 @@
 
 import contextlib
 import io
-import resource
 import shutil
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
 from mutations import mutated
-from safety_scenes import MODEL, Scene
+from safety_scenes import MODEL, Scene, bounded
 from tu_diffuse.cli.main import run
 
 COMMANDS = ("generate", "generate", "info", "experts show", "experts fork", "experts merge")
-SECONDS, MEGABYTES = 20, 1024
-"""What one case may take: CPU time, and address space beside what the process had before."""
-
-
-@contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """Limits address space, so that a large allocation fails at once, and measures CPU time."""
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEGABYTES * 2**20, hard))
-    before = time.process_time()
-    try:
-        yield
-        assert time.process_time() - before < SECONDS
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def fuzz(scene: Scene, folder: Path, seed: int) -> int:
@@ -42,7 +22,7 @@ def fuzz(scene: Scene, folder: Path, seed: int) -> int:
     name = " and ".join(mutated(case.model, random) for _ in range(random.choice((1, 1, 1, 2))))
     command = random.choice(COMMANDS)
     said = io.StringIO()
-    with bounded(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    with bounded(megabytes=1024), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = run([str(argument) for argument in MODEL[command](case)])
     told = f"seed {seed}, {command}, {name}: exit code {code}, {said.getvalue()[-2000:]}"
     assert code in (0, 2, 3, 4) or (code == 1 and "NaN" in told), told  # values that overflow while drawing are no fault of a file's form

@@ -1,0 +1,43 @@
+"""Headers and configs that claim much, and weights that are not what the config says: one sentence, in bounded time and memory."""
+
+from pathlib import Path
+
+import pytest
+from hostile_files import CONFIGS, CONTENTS, HEADERS
+from hostile_folders import WEIGHTS, Change
+from safety_scenes import MODEL, Scene, bounded, put
+from tu_diffuse.cli.main import run
+
+
+def ends(whole: Scene, folder: Path, change: Change, command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and message of a command over a changed model."""
+    scene = whole.copy(folder)
+    change(scene.model)
+    arguments = [str(argument) for argument in MODEL[command](scene)]
+    with bounded(megabytes=1024):
+        code = run(arguments)
+    said = capsys.readouterr().err
+    assert "with --debug" not in said
+    assert len(said) < 5000
+    return code, said
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    for number, command in enumerate(("info", "generate")):
+        code, said = ends(whole, tmp_path / str(number), lambda model: put(model / "vae" / WEIGHTS, HEADERS[name]), command, capsys)
+        assert code in (3, 4), said
+        assert "vae" in said
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    code, said = ends(whole, tmp_path / "scene", CONFIGS[name], "generate", capsys)
+    assert code in (2, 3, 4), said
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_contents(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    code, said = ends(whole, tmp_path / "scene", CONTENTS[name], "generate", capsys)
+    assert code == 4, said
+    assert "." in said.split("safety", 1)[-1]
