@@ -109,6 +109,19 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
         raise DataError(f"the picture's settings lack or garble an entry ({error}); they were changed after it was made.") from None
 
 
+def check_size(path: Path, request: Request) -> None:
+    """Check that a picture is as large as what would be drawn for it, before anything is.
+
+    Raises:
+        DataError: it is smaller.
+    """
+    with open_picture(path) as picture:
+        if picture.width * picture.height < request.width * request.height:
+            raise DataError(
+                f"{path.name} is {picture.width}×{picture.height} pixels but its settings say {request.width}×{request.height}; it was resized."
+            )
+
+
 def redraw(model: Model, request: Request, index: int) -> Picture:
     """Draw one picture of a request again.
 

@@ -57,7 +57,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "200 texts of 1 MB": lambda: png(*(text(b"a" * 1_000_000, b"k%d" % number) for number in range(100))),
     "a chunk that claims 2 GB": lambda: png()[:33] + struct.pack(">I", 2**31 - 1) + b"tEXt" + png()[33:],
     "a chunk whose checksum is wrong": lambda: png(text(b"{}")[:-1] + b"!"),
-    "an animation of 2^31 frames": lambda: png(chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)), text(b"{}")),
+    "an animation of 2^31 frames": lambda: png(chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0))),
     **{f"a PNG cut at {place}": lambda place=place: png(text(b"{}"))[:place] for place in (0, 4, 8, 20, 33, 40, 60)},
     "a JPEG cut": lambda: saved("JPEG")[:200],
     "a JPEG of 65,500 by 65,500": lambda: saved("JPEG").replace(b"\0\x20\0\x20\x03", b"\xff\xdc\xff\xdc\x03", 1),
@@ -84,24 +84,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 }
 """Refused by `info` and `replay` with exit code 4."""
 
-_ODD: tuple[Any, ...] = (
-    None,
-    -1,
-    0.5,
-    10**30,
-    math.nan,
-    math.inf,
-    "",
-    "../../etc/passwd",
-    "x\x1b[31m",
-    "é" * 5000,
-    [],
-    [1],
-    [[]],
-    {},
-    {"a": 1},
-    True,
-)
+_ODD: list[Any] = [None, -1, 0.5, 10**30, math.nan, math.inf, "", "../../etc/passwd", "x\x1b[31m", "é" * 5000, [], [1], [[]], {}, {"a": 1}, True]
 _PATHS = ("../../../etc/passwd", "/etc/passwd", "\\\\host\\share", "C:\\x", "hf://evil/model", "https://evil.invalid/model", "file:///etc/passwd")
 
 
@@ -115,13 +98,8 @@ def changed(settings: Settings) -> dict[str, Settings]:
         if isinstance(value, str):
             for path in _PATHS:
                 made[f"{key} = {path!r}"] = settings | {key: path}
-    for name, batch in (
-        ("a million seeds", list(range(1_000_000))),
-        ("17 seeds", list(range(17))),
-        ("a seed of text", ["1"]),
-        ("other seeds", [5, 6]),
-    ):
-        made[f"batch: {name}"] = settings | {"batch": batch}
+    batches = {"a million seeds": list(range(1_000_000)), "17 seeds": list(range(17)), "a seed of text": ["1"], "other seeds": [5, 6]}
+    made |= {f"batch: {name}": settings | {"batch": batch} for name, batch in batches.items()}
     made["8192 by 8192, 1000 steps"] = settings | {"width": 8192, "height": 8192, "steps": 1000}
     made["a model of the hub"] = settings | {"model": {"name": "evil/model", "hash": "0" * 64, "commit": "a" * 40}}
     return made
