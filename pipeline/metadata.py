@@ -30,6 +30,7 @@ from ..strict_json import parse_json
 from .limits import FORMATS, RANGES
 
 KEY = "tu-diffuse"
+MAX_SETTINGS = 2**22
 MAX_PIXELS = int(RANGES["width"][1] * RANGES["height"][1])
 
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
@@ -82,6 +83,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
             data = None if found is None else unescape(found[1])
     if not isinstance(data, str):
         raise DataError(f"{path.name} carries no tu-diffuse settings; it was made by another program, or they were stripped.")
+    if len(data) > MAX_SETTINGS:
+        raise DataError(f"{path.name} carries {len(data)} characters of settings, more than tu-diffuse writes; it was made by another program.")
     try:
         settings = parse_json(data.encode())
     except (ValueError, RecursionError) as error:

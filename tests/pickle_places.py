@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safety_scenes import MODEL, PICTURE, PICTURES, SHARDS, Commands, Scene, put
+from safety_scenes import EMBEDDING, LORA, MODEL, PICTURE, PICTURES, SCORES, SHARDS, Commands, Scene, put
 from shard_sets import members_of, tar_bytes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -113,6 +113,13 @@ def _parked(scene: Scene, data: bytes) -> None:
         put(scene.pictures / f".parked-{name}.safetensors", data)
 
 
+def _scores(scene: Scene, data: bytes, name: str) -> None:
+    """In a CLIP pair that scores pictures."""
+    shape = {"embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16}, "text_cfg": {"width": 32, "layers": 1}}
+    put(scene.root / "scores" / "open_clip_config.json", {"model_cfg": shape})
+    put(scene.root / "scores" / name, data)
+
+
 _PARTS = ("unet", "unet_low", "vae", "conditioner")
 _JSON = (
     "model_index.json",
@@ -182,4 +189,17 @@ PLACES: dict[str, Place] = {
     "the prompt file": Place(lambda s, d: put(s.prompts, d), PICTURES),
     "a parked draft": Place(_parked, PICTURES, harmless=True),
     **{what: Place(lambda s, d, at=at: put(at(s), d), PICTURES) for what, at in _FILES.items()},
+    **{f"a LoRA .{suffix}": Place(lambda s, d, suffix=suffix: put(s.root / f"adapter.{suffix}", d), LORA, tuple(LORA)[:2]) for suffix in SUFFIXES},
+    "a LoRA, renamed": Place(lambda s, d: put(s.root / "adapter.safetensors", d), LORA, tuple(LORA)[:2]),
+    "a LoRA's folder": Place(lambda s, d: put(s.root / "adapter" / "adapter_model.bin", d), LORA),
+    "a LoRA's folder, renamed": Place(lambda s, d: put(s.root / "adapter" / "adapter_model.safetensors", d), LORA, tuple(LORA)[:2]),
+    **{
+        f"an embedding .{suffix}": Place(lambda s, d, suffix=suffix: put(s.root / f"adapter.{suffix}", d), EMBEDDING, tuple(EMBEDDING))
+        for suffix in ("pt", "bin", "pkl")
+    },
+    "an embedding, renamed": Place(lambda s, d: put(s.root / "adapter.safetensors", d), EMBEDDING, tuple(EMBEDDING)),
+    **{
+        f"scores: {name}": Place(partial(_scores, name=name), SCORES)
+        for name in ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", "open_clip_config.json", "model.npz")
+    },
 }

@@ -52,6 +52,11 @@ class Scene:
         return self.root / "tuned"
 
     @property
+    def adapter(self) -> Path:
+        """A LoRA or embedding, where a case has one."""
+        return next(self.root.glob("adapter*"))
+
+    @property
     def out(self) -> Path:
         """Where a command writes."""
         return self.root / "out"
@@ -95,6 +100,7 @@ MODEL: Commands = {
     "replay": _replay,
     "info": lambda s: ["info", s.model],
     "models info": lambda s: ["models", "info", s.model],
+    "models verify": lambda s: ["models", "verify", s.model],
     "finetune": lambda s: ["finetune", "--shards", s.shard, "--model", s.model, "--out", s.out, *FINETUNE],
     "finetune, resumed": lambda s: ["finetune", "--shards", s.shard, "--model", s.model, "--out", s.tuned, *FINETUNE],
     "average": lambda s: ["average", s.tuned, "--model", s.model, "--sigma-rel", "0.05", "--out", s.out],
@@ -118,7 +124,17 @@ PICTURE: Commands = {
     "replay": lambda s: ["replay", s.picture, "--model", s.model],
 }
 PICTURES: Commands = {"batch": lambda s: ["batch", s.prompts, "--model", s.model, "--out", s.pictures]}
-EVERY = MODEL | SHARDS | PICTURE | PICTURES
+LORA: Commands = {
+    "generate --lora": lambda s: [*MODEL["generate"](s), "--lora", s.adapter],
+    "batch --lora": lambda s: [*MODEL["batch"](s), "--lora", s.adapter],
+    "replay --lora": lambda s: [*PICTURE["replay"](s), "--lora", s.adapter],
+}
+EMBEDDING: Commands = {
+    "generate --embedding": lambda s: [*MODEL["generate"](s), "--embedding", f"{s.adapter}=a"],
+    "batch --embedding": lambda s: [*MODEL["batch"](s), "--embedding", f"{s.adapter}=a"],
+}
+SCORES: Commands = {"batch --score-model": lambda s: [*MODEL["batch"](s), "--best-of", "2", "--score-model", s.root / "scores"]}
+EVERY = MODEL | SHARDS | PICTURE | PICTURES | LORA | EMBEDDING | SCORES
 
 
 def make_scene(root: Path, ensemble: Path) -> Scene:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hostile_files import CONFIGS, CONTENTS, HEADERS
 from hostile_folders import WEIGHTS, Change
-from safety_scenes import MODEL, Scene, bounded, put
+from safety_scenes import EMBEDDING, LORA, MODEL, Scene, bounded, put
 from tu_diffuse.cli.main import run
 
 
@@ -30,7 +30,19 @@ def test_headers(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert "vae" in said
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name if number % 3 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(HEADERS)])
+def test_headers_of_adapters(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    for number, command in enumerate(("generate --lora", "generate --embedding")):
+        scene = whole.copy(tmp_path / str(number))
+        put(scene.root / "adapter.safetensors", HEADERS[name])
+        with bounded(megabytes=1024):
+            code = run([str(argument) for argument in (LORA | EMBEDDING)[command](scene)])
+        said = capsys.readouterr().err
+        assert code in (3, 4), said
+        assert "with --debug" not in said
+
+
+@pytest.mark.parametrize("name", [name if number % 2 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(CONFIGS)])
 def test_configs(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
     code, said = ends(whole, tmp_path / "scene", CONFIGS[name], "generate", capsys)
     assert code in (2, 3, 4), said

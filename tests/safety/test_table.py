@@ -1,0 +1,11 @@
+"""docs/safety.md says how many fixtures of each kind there are; so many there are."""
+
+from pathlib import Path
+
+import tu_diffuse
+from safety_table import table
+
+
+def test_the_table_in_the_docs_is_that_of_the_fixtures():
+    docs = Path(tu_diffuse.__file__).parent / "docs" / "safety.md"
+    assert table() in docs.read_text(encoding="utf-8")
