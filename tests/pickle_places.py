@@ -189,15 +189,18 @@ PLACES: dict[str, Place] = {
     "the prompt file": Place(lambda s, d: put(s.prompts, d), PICTURES),
     "a parked draft": Place(_parked, PICTURES, harmless=True),
     **{what: Place(lambda s, d, at=at: put(at(s), d), PICTURES) for what, at in _FILES.items()},
-    **{f"a LoRA .{suffix}": Place(lambda s, d, suffix=suffix: put(s.root / f"adapter.{suffix}", d), LORA, tuple(LORA)[:2]) for suffix in SUFFIXES},
-    "a LoRA, renamed": Place(lambda s, d: put(s.root / "adapter.safetensors", d), LORA, tuple(LORA)[:2]),
-    "a LoRA's folder": Place(lambda s, d: put(s.root / "adapter" / "adapter_model.bin", d), LORA),
-    "a LoRA's folder, renamed": Place(lambda s, d: put(s.root / "adapter" / "adapter_model.safetensors", d), LORA, tuple(LORA)[:2]),
     **{
-        f"an embedding .{suffix}": Place(lambda s, d, suffix=suffix: put(s.root / f"adapter.{suffix}", d), EMBEDDING, tuple(EMBEDDING))
+        f"a LoRA .{suffix}": Place(lambda s, d, suffix=suffix: put(s.root / f"adapter.{suffix}", d), LORA, ("generate --lora",))
+        for suffix in SUFFIXES
+    },
+    "a LoRA, renamed": Place(lambda s, d: put(s.root / "adapter.safetensors", d), LORA, ("generate --lora",)),
+    "a LoRA's folder": Place(lambda s, d: put(s.root / "adapter" / "adapter_model.bin", d), LORA),
+    "a LoRA's folder, renamed": Place(lambda s, d: put(s.root / "adapter" / "adapter_model.safetensors", d), LORA, ("generate --lora",)),
+    **{
+        f"an embedding .{suffix}": Place(lambda s, d, suffix=suffix: put(s.root / f"adapter.{suffix}", d), EMBEDDING, ("generate --embedding",))
         for suffix in ("pt", "bin", "pkl")
     },
-    "an embedding, renamed": Place(lambda s, d: put(s.root / "adapter.safetensors", d), EMBEDDING, tuple(EMBEDDING)),
+    "an embedding, renamed": Place(lambda s, d: put(s.root / "adapter.safetensors", d), EMBEDDING, ("generate --embedding",)),
     **{
         f"scores: {name}": Place(partial(_scores, name=name), SCORES)
         for name in ("open_clip_pytorch_model.bin", "open_clip_model.safetensors", "open_clip_config.json", "model.npz")
