@@ -19,7 +19,7 @@ from .hub import HubName, cached, hub_name, is_commit
 from .loading import Model
 from .metadata import encode_picture, open_picture
 from .previews import to_image
-from .request import Request, batches, resolve
+from .request import Request, batches, resolve, rounds
 from .text_to_image import Picture, text_to_image
 
 _COPIED = ("negative", "width", "height", "steps", "sampler", "schedule", "sigmas", "eta", "guidance_rescale", "apg", "dynamic_threshold")
@@ -93,7 +93,7 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
             loras=loras,
             embeddings=[EmbeddingUse.stored(one) for one in settings.get("embeddings", [])],
             **copied,
-            edit=None if "edit" not in settings else edit_from(settings["edit"]),
+            edit=None if "edit" not in settings else edit_from(_without_paths(settings["edit"])),
             upscale=None if "upscale" not in settings else upscale_from(settings["upscale"]),
             tile=settings.get("tile"),
         )
@@ -109,16 +109,22 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
         raise DataError(f"the picture's settings lack or garble an entry ({error}); they were changed after it was made.") from None
 
 
+def _without_paths(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """An edit as pictures record it; a path in it was put there by somebody else."""
+    return {name: {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value for name, value in stored.items()}
+
+
 def check_size(path: Path, request: Request) -> None:
     """Check that a picture is as large as what would be drawn for it, before anything is.
 
     Raises:
         DataError: it is smaller.
     """
+    last = rounds(request)[-1]
     with open_picture(path) as picture:
-        if picture.width * picture.height < request.width * request.height:
+        if picture.width * picture.height < last.width * last.height:
             raise DataError(
-                f"{path.name} is {picture.width}×{picture.height} pixels but its settings say {request.width}×{request.height}; it was resized."
+                f"{path.name} is {picture.width}×{picture.height} pixels but its settings say {last.width}×{last.height}; it was resized."
             )
 
 

@@ -98,9 +98,15 @@ def changed(settings: Settings) -> dict[str, Settings]:
         if isinstance(value, str):
             for path in _PATHS:
                 made[f"{key} = {path!r}"] = settings | {key: path}
-    batches = {"a million seeds": list(range(1_000_000)), "17 seeds": list(range(17)), "a seed of text": ["1"], "other seeds": [5, 6]}
+    batches = {"100,000 seeds": list(range(100_000)), "17 seeds": list(range(17)), "a seed of text": ["1"], "other seeds": [5, 6]}
     made |= {f"batch: {name}": settings | {"batch": batch} for name, batch in batches.items()}
     made["8192 by 8192, 1000 steps"] = settings | {"width": 8192, "height": 8192, "steps": 1000}
+    photo = {"name": "passwd", "sha256": "0" * 64, "width": 32, "height": 32}
+    edit = {"init_image": photo, "strength": 0.5, "resize": "crop", "mask": None, "mask_blur": 0.0}
+    made["an input picture elsewhere"] = settings | {"edit": edit | {"init_image": photo | {"path": "/etc/passwd"}}}
+    made["an input picture above"] = settings | {"edit": edit | {"init_image": photo | {"name": "../../etc/passwd"}}}
+    made["a LoRA elsewhere"] = settings | {"loras": [{"name": "../../etc/passwd", "hash": "0" * 64, "weight": 1.0}]}
+    made["enlarged a thousand times"] = settings | {"upscale": {"factor": 1000.0, "mode": "pixel", "steps": 1000, "strength": 1.0}}
     made["a model of the hub"] = settings | {"model": {"name": "evil/model", "hash": "0" * 64, "commit": "a" * 40}}
     return made
 
