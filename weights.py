@@ -295,7 +295,7 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     spans = sorted(_span(path, name, tensor) for name, tensor in header.items())
     if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), size - 8 - length]:
         raise ModelError(f"{path} is not a whole safetensors file: its tensors do not fill it without gap or overlap; fetch or save it again.")
-    return header, metadata if isinstance(metadata, dict) else {}
+    return header, metadata
 
 
 def _not_safetensors(path: Path, prefix: bytes, why: str) -> NoReturn:
