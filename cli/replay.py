@@ -54,7 +54,6 @@ def replay(
     from ..pipeline.metadata import read_metadata
 
     settings = read_metadata(picture)
-    made_with = settings["model"]
 
     from ..batch.again import company_of, draw_again
     from ..pipeline.adapters import Shelf, find_by_hash
