@@ -63,10 +63,20 @@ def attention(
 
 
 def key_mask(mask: Tensor | None) -> Tensor | None:
-    """Turn a (batch, keys) bool mask into a (batch, 1, 1, keys) bias; None when it masks nothing, so that mask-free kernels stay possible."""
-    if mask is None or bool(mask.all()):
-        return None
-    return mask[:, None, None, :]
+    """Turn a mask of keys into a bias for `attention`; None when it changes nothing, so that mask-free kernels stay possible.
+
+    Args:
+        mask: (batch, keys) bool, True where a key counts, or float, how much it counts: each key's exponential in the softmax is multiplied by it.
+
+    Returns:
+        (batch, 1, 1, keys), see `mask_bias`.
+    """
+    return None if mask is None or bool((mask == 1).all()) else mask_bias(mask)
+
+
+def mask_bias(mask: Tensor) -> Tensor:
+    """(batch, keys) to (batch, 1, 1, keys): the logarithm of a float mask, in its dtype, or a bool mask itself."""
+    return (mask.log() if mask.is_floating_point() else mask)[:, None, None, :]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -17,7 +17,7 @@ class Conditioning:
 
     Attributes:
         tokens: (batch, tokens, width) float; the encoders' token sequences, joined.
-        mask: (batch, tokens) bool, True where a token counts; None when all do.
+        mask: (batch, tokens) bool, True where a token counts, or float, how much it does (`attention.key_mask`); None when all count once.
         pooled: (batch, pooled_width) float; one vector a prompt, or None when the model takes none.
         size_ids: (batch, 5 or 6) float; SDXL's micro-conditioning (heights, widths, crops, score), else None.
         shown: (batch, 1 + channels, h, w) float; what an inpainting network sees beside x: the mask, 1 where it repaints, and the latents of the

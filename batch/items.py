@@ -13,7 +13,7 @@ from ..errors import DataError, ModelError, UnsafeError, UsageError
 from ..pipeline.adapters import Shelf
 from ..pipeline.folder import ModelFolder
 from ..pipeline.output import picture_name
-from ..pipeline.request import Request, recorded, resolve
+from ..pipeline.request import Request, recorded, resolve_all
 from ..pipeline.seeds import MAX_SEED
 from .lines import Line, Problem
 
@@ -65,7 +65,7 @@ class Item:
 
     def file_name(self, number: int) -> str:
         """The wanted name of its file; `number` is its place in the plan, from 1."""
-        return picture_name(self.template, self.picture_format, self.request.prompt, self.seed, f"{number:05d}")
+        return picture_name(self.template, self.picture_format, self.request.words, self.seed, f"{number:05d}")
 
 
 def make_items(
@@ -144,7 +144,7 @@ def _item(shelf: Shelf, line: int, values: Mapping[str, Any], seed: int, circums
     settings = {name: value for name, value in values.items() if name not in (*_NOT_SETTINGS, "prompt") and value is not None}
     folder, loras = shelf.folder, [shelf.lora(text) for text in values.get("lora") or ()]
     embeddings = [shelf.embedding(text) for text in values.get("embedding") or ()]
-    request = resolve(folder, values["prompt"], [seed], loras=loras, embeddings=embeddings, **settings)
+    [request] = resolve_all(folder, values["prompt"], [seed], loras=loras, embeddings=embeddings, **settings)
     template, picture_format = values.get("name") or NAME, values.get("format") or "png"
     decided = {"request": recorded(request), "model": folder.fingerprint, "name": template, "format": picture_format, **circumstances}
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:32]

@@ -163,6 +163,11 @@ OPTIONS = (
     _number("upscale_strength", "number", "Share of them that are taken."),
     _choice("tile", "Along which axes the picture meets itself when laid side by side."),
     Option(name="strict", kind="flag", help="Refuse a prompt with words beyond the text encoders' limits."),
+    _choice("syntax", "weighted reads (word:1.3), [word], BREAK and choices in prompts; plain does not."),
+    _choice("long_prompts", "chunk lets CLIP read prompts past its length in chunks; truncate drops the rest."),
+    Option(name="no_t5", kind="flag", help="Leave T5 out, for models with CLIP and T5."),
+    _number("clip_weight", "number", "How much CLIP's tokens count beside T5's; 1 is as trained."),
+    _number("t5_weight", "number", "How much T5's tokens count beside CLIP's; 0 is no_t5."),
     Option(name="name", kind="text", help="File name without suffix; may hold {prompt}, {seed} and {number}.", check=_template),
     _choice("format", "Picture format."),
 )

@@ -33,6 +33,10 @@ _TUNED = (
     "apg",
     "dynamic_threshold",
     "strict",
+    "syntax",
+    "long_prompts",
+    "clip_weight",
+    "t5_weight",
 )
 _OFF = ("none", "off")
 
@@ -114,7 +118,7 @@ def generate_commands(folder: ModelFolder, items: Iterable[Item], shared: Sequen
         shared: from `shared_arguments`.
     """
     told = cache(partial(_told, folder))
-    return [_command(item, told(replace(item.request, prompt="-", negative="", seeds=(0,), embeddings=())), shared) for item in items]
+    return [_command(item, told(replace(item.request, prompt="-", negative="", seeds=(0,), embeddings=(), template=None)), shared) for item in items]
 
 
 def _command(item: Item, told: Iterable[str], shared: Sequence[str]) -> str:
@@ -188,6 +192,10 @@ def _settings(folder: ModelFolder, item: Item, entry: Entry | None) -> dict[str,
         "apg": request.apg,
         "dynamic threshold": request.dynamic_threshold,
         "eta": request.eta,
+        "syntax": None if request.syntax == "plain" else request.syntax,
+        "long prompts": None if request.long_prompts == "chunk" else request.long_prompts,
+        "CLIP weight": None if request.clip_weight == 1 else request.clip_weight,
+        "T5 weight": None if request.t5_weight == 1 else request.t5_weight,
         "negative": request.negative or None,
         "lora": ", ".join(lora.spec for lora in request.loras) or None,
         "embedding": ", ".join(one.spec for one in request.embeddings) or None,

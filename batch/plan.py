@@ -18,7 +18,7 @@ from ..pipeline.adapters import LoraUse
 from ..pipeline.edits import edit_from, upscale_from
 from ..pipeline.embeddings import EmbeddingUse
 from ..pipeline.output import candidates
-from ..pipeline.request import Request, most_together
+from ..pipeline.request import EARLIER, Request, most_together
 from .files import replace as write_whole
 from .items import Item
 
@@ -180,9 +180,10 @@ def _stored(item: Item) -> dict[str, Any]:
 
 def _item(stored: dict[str, Any]) -> Item:
     values: dict[str, Any] = {}
+    asked = {**EARLIER, **stored["request"]}
     for field in fields(Request):
-        if field.default is MISSING or field.name in stored["request"]:
-            value = stored["request"][field.name]
+        if field.default is MISSING or field.name in asked:
+            value = asked[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
     for name, read in (("edit", edit_from), ("upscale", upscale_from)):
         if values.get(name) is not None:

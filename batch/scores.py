@@ -118,7 +118,7 @@ def _best(group: Sequence[Drawn | Lost], scorer: Scorer) -> Drawn | Lost:
         assert isinstance(lost, Lost)
         return Lost(replace(lost.item, key=lost.item.asked), lost.error)
     scores: dict[int, float] = dict(
-        zip((d.item.seed for d in drawn), scorer.score([d.pixels for d in drawn], drawn[0].item.request.prompt), strict=True)
+        zip((d.item.seed for d in drawn), scorer.score([d.pixels for d in drawn], drawn[0].item.request.words), strict=True)
     )
     best = max(drawn, key=lambda one: scores[one.item.seed])
     told = {str(result.item.seed): scores.get(result.item.seed) for result in group}

@@ -19,12 +19,13 @@ from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import Encode, Place, TextParts, load_codec, load_experts, load_texts, readers_of
 from ..pipeline.request import Request, Round
 from ..schedulers.schedules import SigmaSchedule
+from ..text_encoders.prompts import Text
 from ..unet.experts import ExpertTable
 from ..unet.residency import ExpertPool
 from ..vae.codec import LatentCodec
 
 TEXTS_KEPT = 512  # encoded prompts that are remembered
-_Text = tuple[str, str, int, int, tuple[LoraUse, ...], tuple[EmbeddingUse, ...]]
+_Key = tuple[Text, tuple[LoraUse, ...], tuple[EmbeddingUse, ...]]
 
 
 def model_bytes(folder: ModelFolder, place: Place) -> int:
@@ -80,17 +81,17 @@ class Studio:
         self._readers: tuple[Adapters, Mapping[str, Encode]] | None = None  # of the LoRAs that came last
         self._experts: ExpertPool | None = None
         self._codec: LatentCodec | None = None
-        self._texts: OrderedDict[_Text, Mapping[str, Said]] = OrderedDict()
+        self._texts: OrderedDict[_Key, Mapping[str, Said]] = OrderedDict()
 
     def read(self, request: Request, part: Round) -> Mapping[str, Said]:
         """What each expert is told of a request in one of its rounds; a text that was read before is remembered."""
-        text = (request.prompt, request.negative, part.width, part.height, request.loras, request.embeddings)
-        if text not in self._texts:
-            self._texts[text] = _read(self._text_readers(self._shelf.adapters(request.loras, request.embeddings)), text)
+        key = (request.text(part), request.loras, request.embeddings)
+        if key not in self._texts:
+            self._texts[key] = _read(self._text_readers(self._shelf.adapters(request.loras, request.embeddings)), request.text(part))
             while len(self._texts) > TEXTS_KEPT:
                 self._texts.popitem(last=False)
-        self._texts.move_to_end(text)
-        return self._texts[text]
+        self._texts.move_to_end(key)
+        return self._texts[key]
 
     def experts(self) -> ExpertPool:
         """The experts; with `roomy` all of them stay, else the one that computes and the one that is prefetched."""
@@ -140,10 +141,10 @@ class Studio:
             gc.collect()
 
 
-def _read(readers: Mapping[str, Encode], text: _Text) -> dict[str, Said]:
+def _read(readers: Mapping[str, Encode], text: Text) -> dict[str, Said]:
     known: dict[Encode, Said] = {}
     for encode in dict.fromkeys(readers.values()):
-        prompt, negative = encode(*text[:4])
+        prompt, negative = encode(text)
         overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
         known[encode] = Said(on_device(prompt.conditioning, "cpu"), on_device(negative.conditioning, "cpu"), overflow)
     return {name: known[encode] for name, encode in readers.items()}

@@ -80,6 +80,11 @@ _LINE_OPTIONS = (
     "strict",
     "lora",
     "embedding",
+    "syntax",
+    "long_prompts",
+    "no_t5",
+    "clip_weight",
+    "t5_weight",
 )
 
 
@@ -130,6 +135,11 @@ def batch(
     upscale_steps: UpscaleSteps = None,
     upscale_strength: UpscaleStrength = None,
     tile: Tile = None,
+    syntax: Annotated[str | None, typer.Option(help="plain or weighted, as in generate. [default: plain]")] = None,
+    long_prompts: Annotated[str | None, typer.Option(help="chunk or truncate, as in generate. [default: chunk]")] = None,
+    no_t5: Annotated[bool | None, typer.Option("--no-t5", help="Leave T5 out, as in generate.")] = None,
+    clip_weight: Annotated[float | None, typer.Option(help="As in generate. [default: 1]")] = None,
+    t5_weight: Annotated[float | None, typer.Option(help="As in generate. [default: 1]")] = None,
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp. [default: png]")] = None,
     name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names. [default: {number}-{prompt}-{seed}]")] = None,
     lora: Loras = None,

@@ -67,6 +67,11 @@ def generate(
     upscale_steps: UpscaleSteps = None,
     upscale_strength: UpscaleStrength = None,
     tile: Tile = None,
+    syntax: Annotated[str, typer.Option(help="plain, or weighted: (word:1.3), [word], BREAK and {a|b} have their customary meaning.")] = "plain",
+    long_prompts: Annotated[str, typer.Option(help="chunk: CLIP reads past its 77 tokens in chunks; truncate: it does not.")] = "chunk",
+    no_t5: Annotated[bool, typer.Option("--no-t5", help="Do not load T5, for models with CLIP and T5.")] = False,
+    clip_weight: Annotated[float, typer.Option(help="0..10: how much CLIP's tokens count beside T5's.")] = 1.0,
+    t5_weight: Annotated[float, typer.Option(help="0..10: how much T5's tokens count beside CLIP's; 0 is --no-t5.")] = 1.0,
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp. [default: from --out, else png]")] = None,
     name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names in a folder. [default: {prompt}-{seed}]")] = None,
     steps_strip: Annotated[bool, typer.Option("--steps-strip", help="Also save each step's prediction in one strip, with its expert.")] = False,
@@ -101,6 +106,8 @@ def generate(
 
       tu-diffuse generate "a blue circle" --upscale 2 --tile xy
 
+      tu-diffuse generate "a {red|blue} star, (night:1.3)" --syntax weighted --count 8
+
     With --json each picture is one line: path, steps_strip, prompt, seed, seconds, truncated (words that did not fit),
     fallbacks, settings (all that was applied).
     """
@@ -114,11 +121,11 @@ def generate(
 
     from ..pipeline.adapters import Shelf
     from ..pipeline.folder import open_folder
-    from ..pipeline.loading import adapted_to, load_model
+    from ..pipeline.loading import adapted_to, load_model, texts_of
     from ..pipeline.metadata import encode_picture
     from ..pipeline.output import plan_target, publish
     from ..pipeline.previews import LivePreview, StepsStrip, to_image
-    from ..pipeline.request import batches, resolve, steps_of
+    from ..pipeline.request import batches, resolve_all, steps_of
     from ..pipeline.seeds import random_seed
     from ..pipeline.text_to_image import Progress, text_to_image
     from .progress import Reporter
@@ -127,7 +134,9 @@ def generate(
     shelf = Shelf(folder)
     loras, embeddings = [shelf.lora(text) for text in lora or []], [shelf.embedding(text) for text in embedding or []]
     requests = [
-        resolve(
+        request
+        for text, first in ((text, random_seed(count) if seed is None else seed) for text in texts)
+        for request in resolve_all(
             folder,
             text,
             range(first, first + count),
@@ -157,13 +166,17 @@ def generate(
             upscale_steps=upscale_steps,
             upscale_strength=upscale_strength,
             tile=tile,
+            syntax=syntax,
+            long_prompts=long_prompts,
+            no_t5=no_t5,
+            clip_weight=clip_weight,
+            t5_weight=t5_weight,
         )
-        for text, first in ((text, random_seed(count) if seed is None else seed) for text in texts)
     ]
-    for unused in (one for one in embeddings if not any(one in request.embeddings for request in requests)):
+    for unused in (one for one in embeddings if not one.named_in(*texts, negative)):
         raise UsageError(f"the word {unused.token!r} of --embedding {unused.name} stands in no prompt; write it where it belongs, or leave it out.")
     target = plan_target(out, name, format, pictures=len(texts) * count)
-    loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize)
+    loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize, texts=texts_of(shelf, requests))
     gc.freeze()
     gc.enable()
 
@@ -172,9 +185,11 @@ def generate(
     with Reporter(total=sum(steps_of(batch) for batch in work)) as reporter:
         for said in shelf.partial:
             reporter.say(said)
+        if any(request.seems_weighted for request in requests):
+            reporter.say("(word:1.3) is taken as it stands; --syntax weighted reads it as a weight")
         for batch in work:
             started = time.perf_counter()
-            names = [target.name(batch.prompt, s, number + i + 1) for i, s in enumerate(batch.seeds)]
+            names = [target.name(batch.words, s, number + i + 1) for i, s in enumerate(batch.seeds)]
             number += len(names)
             live = LivePreview(loaded.codec, target.folder, names[0], reporter.say) if preview else None
             strip = StepsStrip() if steps_strip else None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..pipeline.hub_pull import HubFile, Pull
 
 app = typer.Typer(
-    help="Models of the Hugging Face hub and on this machine: fetch, list, describe, verify and remove them.",
+    help="Models of the Hugging Face hub and on this machine: fetch, list, describe, verify and remove them; new ones with other text encoders.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -270,3 +270,68 @@ def _hub_name(text: str, revision: str | None) -> "HubName":
 
 def _event(as_json: bool, event: str, facts: dict[str, object], text: str = "") -> None:
     print(json.dumps({"event": event, **facts}) if as_json else text, flush=True)
+
+
+@app.command("add-t5", epilog=EXIT_CODES)
+def add_t5(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder of Stable Diffusion 1 or 2.")],
+    t5: Annotated[
+        Path, typer.Option("--t5", metavar="FOLDER", help="A T5 encoder and its tokenizer, as transformers saves them; or OWNER/NAME of the hub.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The new model folder; must not exist.")],
+    link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies; then never edit files in place.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Give a model that reads prompts with CLIP alone a T5 encoder, whose part is trained afterwards.
+
+    The new model draws what the old one draws, bit by bit, until `finetune --train conditioner` has taught it what to make of T5; --no-t5 gives the
+    old pictures at any time.
+
+    Examples:
+
+      tu-diffuse models add-t5 models/sd15 --t5 models/t5-v1_1-large --out models/sd15-t5
+
+      tu-diffuse finetune --model models/sd15-t5 --shards 'laion/*.tar' --train conditioner --out tuned
+
+    With --json one line: kind, name, hash, family, parameters and the rest of what `models info` prints.
+    """
+    del debug  # read in main.py
+    from ..pipeline.describe import describe
+    from ..pipeline.folder import open_folder
+    from ..training.text_parts import add_t5 as write
+
+    made = write(open_folder(model), t5, out, link)
+    print(json.dumps(describe(made)) if as_json else str(out))
+
+
+@app.command("use-clip", epilog=EXIT_CODES)
+def use_clip(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")],
+    clip: Annotated[str, typer.Option("--clip", metavar="NAME", help="In open_clip's layout: local-dir:FOLDER, or hf-hub:OWNER/NAME.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The new model folder; must not exist.")],
+    part: Annotated[str, typer.Option("--part", help="The tower that it replaces: text_encoder, or text_encoder_2.")] = "text_encoder",
+    link: Annotated[bool, typer.Option("--link", help="Hard links instead of copies; then never edit files in place.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Let a model read prompts with a CLIP text tower from open_clip, of the same shape as its own.
+
+    The tower is written under transformers' names, so that everything else here and elsewhere takes it. The tokenizer stays the model's.
+
+    Examples:
+
+      tu-diffuse models use-clip models/sd2 --clip local-dir:CLIP-ViT-H-14 --out models/sd2-other
+
+      tu-diffuse models use-clip models/sd2 --clip hf-hub:laion/CLIP-ViT-H-14-laion2B-s32B-b79K --out models/sd2-other
+
+    With --json one line: kind, name, hash, family, parameters and the rest of what `models info` prints.
+    """
+    del debug  # read in main.py
+    from ..pipeline.describe import describe
+    from ..pipeline.folder import open_folder
+    from ..training.text_parts import tower_folder
+    from ..training.text_parts import use_clip as write
+
+    made = write(open_folder(model), tower_folder(clip), out, part, link)
+    print(json.dumps(describe(made)) if as_json else str(out))

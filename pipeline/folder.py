@@ -41,6 +41,7 @@ _NETWORKS = {
     ("diffusers", "AutoencoderTiny"),
     ("diffusers", "AsymmetricAutoencoderKL"),
     ("tu_diffuse", "Conditioner"),
+    ("tu_diffuse", "T5Residual"),
 }
 _NOT_LOADED = {
     ("transformers", "CLIPImageProcessor"),
@@ -75,6 +76,7 @@ TEXT_PARTS = {
     "sdxl-refiner": ("text_encoder_2", "tokenizer_2"),
     "clip-t5": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner"),
     "t5": ("text_encoder", "tokenizer"),
+    "sd-t5": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner"),
 }
 """The families of models, and the parts that each reads prompts with."""
 _PIPELINES = (
@@ -122,8 +124,8 @@ class ModelFolder:
         name: the folder's or file's own name, or of a hub's model owner/name; what pictures record.
         commit: of a hub's model, what it was resolved to; None of any other.
         fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
-        family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (with `conditioner/`),
-            "t5" (T5 alone).
+        family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (CLIP and T5 joined by
+            `conditioner/`), "sd-t5" (one CLIP, to which `conditioner/` adds T5), "t5" (T5 alone).
         parts: component -> class, for those that are there.
         configs: component or expert's subfolder -> its parsed JSON config; of an expert that is a delta, its base's.
         experts: from low to high noise; one that covers all when there is no `experts.json`.
@@ -145,6 +147,11 @@ class ModelFolder:
     noise: NoiseSchedule
     defaults: Defaults
     zero_negative: bool
+
+    @property
+    def families(self) -> set[str]:
+        """Those of all experts."""
+        return {self.family if expert.text is None else expert.text.family for expert in self.experts}
 
     @property
     def channels(self) -> int:
@@ -391,7 +398,7 @@ def _family(folder: Path, parts: Mapping[str, str]) -> str:
     encoders = tuple(parts.get(part) for part in ("text_encoder", "text_encoder_2"))
     match encoders:
         case ("CLIPTextModel" | "CLIPTextModelWithProjection", "T5EncoderModel") if "conditioner" in parts:
-            return "clip-t5"
+            return "sd-t5" if parts["conditioner"] == "T5Residual" else "clip-t5"
         case ("CLIPTextModel" | "CLIPTextModelWithProjection", "CLIPTextModelWithProjection"):
             return "sdxl"
         case (None, "CLIPTextModelWithProjection"):

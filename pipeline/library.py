@@ -55,7 +55,13 @@ class LibraryDenoiser:
             raise UsageError("attention cannot be recorded with a U-Net that diffusers computes; use a model whose architecture is covered.")
 
     def __call__(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Predict x0; see `contracts.Denoiser`."""
+        """Predict x0; see `contracts.Denoiser`.
+
+        Raises:
+            UsageError: tokens that count other than fully or not at all, for which diffusers has no place.
+        """
+        if conditioning.mask is not None and conditioning.mask.is_floating_point():
+            raise UsageError("--clip-weight and --t5-weight need a U-Net of ours, and diffusers computes this one; leave them out.")
         level = sigma.float().view(-1, 1, 1, 1)
         scale = (level**2 + 1).sqrt()
         dtype = self.unet.dtype

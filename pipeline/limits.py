@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from ..errors import UsageError
 from ..schedulers.names import SAMPLER_NAMES, SPACINGS
+from ..text_encoders.prompts import SYNTAXES
 
 MAX_PROMPT = 4000
 MAX_SEED = 2**32 - 1
@@ -26,12 +27,16 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "upscale": (1, 8),
     "upscale_steps": (1, 1000),
     "upscale_strength": (0, 1),
+    "clip_weight": (0, 10),
+    "t5_weight": (0, 10),
 }
 """Lowest and highest value, both allowed. Models ask for more of width and height: a multiple of `ModelFolder.factor`."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "sampler": SAMPLER_NAMES,
     "schedule": SPACINGS,
+    "syntax": SYNTAXES,
+    "long_prompts": ("chunk", "truncate"),
     "format": tuple(FORMATS),
     "resize": ("crop", "stretch"),
     "upscale_mode": ("latent", "pixel"),

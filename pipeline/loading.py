@@ -4,7 +4,7 @@ Networks are laid out without storage and filled from memory-mapped safetensors,
 architecture is not covered by our networks, the library's class takes its place behind the same contract (`library.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,22 @@ from ..attention import AttentionBackend
 from ..errors import ModelError, UsageError
 from ..text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict, with_rows
 from ..text_encoders.conditioner import Conditioner, ConditionerConfig
-from ..text_encoders.encode import ClipPart, ClipT5Part, Encoded, T5Part, encode_clip_t5, encode_sd, encode_sdxl, encode_t5
+from ..text_encoders.encode import (
+    ClipPart,
+    ClipT5Part,
+    Encoded,
+    SdT5Part,
+    T5Part,
+    chunk_count,
+    encode_clip_t5,
+    encode_sd,
+    encode_sd_t5,
+    encode_sdxl,
+    encode_t5,
+)
+from ..text_encoders.prompts import Text
 from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
+from ..text_encoders.t5_residual import T5Residual, T5ResidualConfig
 from ..text_encoders.tokenizer import load_tokenizer, with_words
 from ..unet.config import UNetConfig
 from ..unet.experts import ExpertEntry, ExpertText
@@ -31,18 +45,22 @@ from ..weights import load_weights, without_storage
 from .adapters import NO_ADAPTERS, Adapters, Shelf
 from .folder import ModelFolder, expert_bytes
 from .quantize import check_quantize, quantized
-from .request import Request
+from .request import Request, rounds
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KEEP_BYTES = 4 * 2**30  # experts that are smaller on disk all stay in memory; of larger ones only the active and the next
+READ_AHEAD = 512  # requests whose prompts are all read before anything else is loaded
 TILE_ROWS = 64  # latent rows that a KL autoencoder decodes at a time: 512 pixels at once, taller pictures in strips of the same result
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is told of pictures to draw and to avoid
 
-TextParts = ClipPart | T5Part | ClipT5Part | tuple[ClipPart | None, ClipPart]
-"""SD's tower; T5; CLIP, T5 and their join; or SDXL's two towers (its refiner has only the second)."""
+TextParts = ClipPart | T5Part | ClipT5Part | SdT5Part | tuple[ClipPart | None, ClipPart]
+"""SD's tower; T5; CLIP, T5 and their join; SD's tower with T5; or SDXL's two towers (its refiner has only the second)."""
 
-Encode = Callable[[str, str, int, int], tuple[Encoded, Encoded]]
-"""(prompt, negative, width, height) to the two prompts, encoded."""
+Encode = Callable[[Text], tuple[Encoded, Encoded]]
+"""What is told of a picture to prompt and negative prompt, encoded."""
+
+ReadersWith = Callable[[Adapters], Mapping[str, Encode]]
+"""LoRAs and embeddings to how each expert reads prompts with them, by its name; those that read alike have the same function."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,7 @@ class Model:
     Attributes:
         folder: what it was loaded from.
         place: where it is.
-        texts: the text encoders by expert, without adapters.
+        readers_with: how each expert reads prompts with LoRAs and embeddings.
         readers: how each expert reads prompts, by its name; those that read alike have the same function.
         experts: the pool of experts; `table(timestep_at)` is the denoiser of one run.
         codec: latents to pixels and back.
@@ -79,7 +97,7 @@ class Model:
 
     folder: ModelFolder
     place: Place
-    texts: Mapping[str, TextParts]
+    readers_with: ReadersWith
     readers: Mapping[str, Encode]
     experts: ExpertPool
     codec: LatentCodec
@@ -87,12 +105,22 @@ class Model:
     adapters: Adapters = NO_ADAPTERS
 
 
-def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto", attention: str = "auto", quantize: str = "none") -> Model:
+def load_model(
+    folder: ModelFolder,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "auto",
+    quantize: str = "none",
+    texts: Mapping[Adapters, Iterable[Text]] | None = None,
+) -> Model:
     """Load every part of a model.
 
     Args:
         folder: from `folder.open_folder`.
         dtype, device, attention, quantize: see `choose_place`.
+        texts: all that will be drawn, by the LoRAs and embeddings that it is drawn with, where that is known: they are read at once, and the text
+            encoders are let go before anything else is loaded.
 
     Raises:
         UsageError: see `choose_place`.
@@ -100,10 +128,23 @@ def load_model(folder: ModelFolder, *, dtype: str = "auto", device: str = "auto"
         ModelError: weights are missing, damaged, or do not fit their config.
     """
     place = choose_place(dtype, device, attention, quantize)
+    readers_with = partial(readers_of, folder, load_texts(folder, place))
+    if texts is not None:
+        readers_with = _having_read(readers_with, texts)
+    readers = readers_with(NO_ADAPTERS)
     codec, codec_fallbacks = load_codec(folder, place)
     experts, expert_fallbacks = load_experts(folder, place)
-    texts = load_texts(folder, place)
-    return Model(folder, place, texts, readers_of(folder, texts), experts, codec, (*codec_fallbacks, *expert_fallbacks))
+    return Model(folder, place, readers_with, readers, experts, codec, (*codec_fallbacks, *expert_fallbacks))
+
+
+def texts_of(shelf: Shelf, requests: Sequence[Request]) -> dict[Adapters, list[Text]] | None:
+    """What `load_model` reads at once for these requests; None where it is so much that the text encoders take less memory."""
+    if len(requests) > READ_AHEAD:
+        return None
+    texts: dict[Adapters, list[Text]] = {}
+    for request in requests:
+        texts.setdefault(shelf.adapters(request.loras, request.embeddings), []).extend(request.text(part) for part in rounds(request))
+    return texts
 
 
 def adapted_to(model: Model, shelf: Shelf, request: Request) -> Model:
@@ -117,7 +158,7 @@ def adapted_to(model: Model, shelf: Shelf, request: Request) -> Model:
     adapters = shelf.adapters(request.loras, request.embeddings)
     if adapters is model.adapters:
         return model
-    return replace(model, readers=readers_of(model.folder, model.texts, adapters), adapters=adapters)
+    return replace(model, readers=model.readers_with(adapters), adapters=adapters)
 
 
 def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "auto", quantize: str = "none") -> Place:
@@ -198,13 +239,16 @@ def load_text(
         load_weights(encoder, folder.path / name, "model", dtype, device, convert=t5_state_dict)
         return T5Part(tokenizer, quantized(encoder, place.quantize), masked)
 
+    load_t5 = partial(t5, "text_encoder_2", masked=True)
     match family:
         case "sd":
             return clip("text_encoder")
         case "t5":  # as diffusers' StableDiffusionPipeline does it
             return t5("text_encoder", masked=bool(folder.configs[component("text_encoder")].get("use_attention_mask")))
         case "clip-t5":
-            return ClipT5Part(clip("text_encoder"), t5("text_encoder_2", masked=True), load_conditioner(folder, place, component("conditioner")))
+            return ClipT5Part(clip("text_encoder"), load_t5, load_conditioner(folder, place, component("conditioner")))
+        case "sd-t5":
+            return SdT5Part(clip("text_encoder"), load_t5, load_t5_residual(folder, place, component("conditioner")))
         case "sdxl-refiner":
             return None, clip("text_encoder_2")
         case _:
@@ -215,6 +259,12 @@ def load_conditioner(folder: ModelFolder, place: Place, name: str = "conditioner
     """Load the join of CLIP and T5, the component `name`, without the encoders."""
     config = ConditionerConfig.from_dict(folder.configs[name])
     return load_weights(without_storage(lambda: Conditioner(config, place.attention)), folder.path / name, dtype=place.dtype, device=place.device)
+
+
+def load_t5_residual(folder: ModelFolder, place: Place, name: str = "conditioner") -> T5Residual:
+    """Load what adds T5 to CLIP's tokens, the component `name`, without the encoders."""
+    config = T5ResidualConfig.from_dict(folder.configs[name])
+    return load_weights(without_storage(lambda: T5Residual(config, place.attention)), folder.path / name, dtype=place.dtype, device=place.device)
 
 
 def load_texts(folder: ModelFolder, place: Place) -> dict[str, TextParts]:
@@ -286,32 +336,60 @@ def _adapted_text(parts: TextParts, entry: ExpertEntry, adapters: Adapters, made
         return clip("text_encoder", parts)
     if isinstance(parts, T5Part):
         return replace(parts, model=network("text_encoder", parts.model))
-    if isinstance(parts, ClipT5Part):
-        t5, conditioner = replace(parts.t5, model=network("text_encoder_2", parts.t5.model)), network("conditioner", parts.conditioner)
-        return ClipT5Part(clip("text_encoder", parts.clip), t5, conditioner)
+    if isinstance(parts, ClipT5Part | SdT5Part):
+
+        def load_t5() -> T5Part:
+            return replace(parts.t5, model=network("text_encoder_2", parts.t5.model))
+
+        return replace(parts, clip=clip("text_encoder", parts.clip), load_t5=load_t5, conditioner=network("conditioner", parts.conditioner))
     first, second = parts
     return None if first is None else clip("text_encoder", first), clip("text_encoder_2", second)
 
 
+@torch.no_grad()
+def _having_read(readers_with: ReadersWith, texts: Mapping[Adapters, Iterable[Text]]) -> ReadersWith:
+    """Readers that only know what the given ones say of some texts, and do not keep the encoders."""
+    known: dict[Adapters, dict[str, Encode]] = {NO_ADAPTERS: {}}
+    for adapters, told in texts.items():
+        readers, distinct = readers_with(adapters), list(dict.fromkeys(told))
+        said = {encode: {text: encode(text) for text in distinct}.__getitem__ for encode in dict.fromkeys(readers.values())}
+        known[adapters] = {name: said[encode] for name, encode in readers.items()}
+    return known.__getitem__
+
+
 def _encoder(parts: TextParts, zero_negative: bool) -> Encode:
     """The function that encodes a prompt and its negative."""
-    if isinstance(parts, ClipPart):
-        return lambda prompt, negative, width, height: (encode_sd([prompt], parts), encode_sd([negative], parts))  # noqa: ARG005
     if isinstance(parts, T5Part):
-        return lambda prompt, negative, width, height: (encode_t5([prompt], parts), encode_t5([negative], parts))  # noqa: ARG005
+        return lambda text: (encode_t5([text.prompt], parts, text.reading), encode_t5([text.negative], parts, text.reading))
     if isinstance(parts, ClipT5Part):
-        return lambda prompt, negative, width, height: (encode_clip_t5([prompt], parts), encode_clip_t5([negative], parts))  # noqa: ARG005
+        return lambda text: (encode_clip_t5([text.prompt], parts, text.reading), encode_clip_t5([text.negative], parts, text.reading))
+    if isinstance(parts, ClipPart | SdT5Part):
+        tower = parts.clip if isinstance(parts, SdT5Part) else parts
+
+        def encode_alone(text: Text) -> tuple[Encoded, Encoded]:
+            chunks = chunk_count([text.prompt, text.negative], [tower], text.reading)
+
+            def encode(said: str) -> Encoded:
+                if isinstance(parts, SdT5Part):
+                    return encode_sd_t5([said], parts, text.reading, chunks)
+                return encode_sd([said], parts, reading=text.reading, least=chunks)
+
+            return encode(text.prompt), encode(text.negative)
+
+        return encode_alone
     first, second = parts
 
-    def encode(text: str, score: float, width: int, height: int) -> Encoded:
-        told = [score] if first is None else [height, width]
-        prompt = None if text == "" else text
-        return encode_sdxl([prompt], first, second, [height, width, 0, 0, *told], force_zeros_for_empty_prompt=zero_negative)
+    def encode_pair(text: Text) -> tuple[Encoded, Encoded]:
+        chunks = chunk_count([text.prompt, text.negative], [tower for tower in parts if tower is not None], text.reading)
 
-    return lambda prompt, negative, width, height: (
-        encode(prompt, AESTHETIC_SCORE, width, height),
-        encode(negative, NEGATIVE_AESTHETIC_SCORE, width, height),
-    )
+        def encode(said: str, score: float) -> Encoded:
+            told = [score] if first is None else [text.height, text.width]
+            prompt, size_ids = None if said == "" else said, [text.height, text.width, 0, 0, *told]
+            return encode_sdxl([prompt], first, second, size_ids, 0, zero_negative, text.reading, chunks)
+
+        return encode(text.prompt, AESTHETIC_SCORE), encode(text.negative, NEGATIVE_AESTHETIC_SCORE)
+
+    return encode_pair
 
 
 def load_codec(folder: ModelFolder, place: Place) -> tuple[LatentCodec, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from ..errors import ModelError
 from ..text_encoders.clip import CLIPText, CLIPTextConfig
 from ..text_encoders.conditioner import Conditioner, ConditionerConfig
 from ..text_encoders.t5 import T5Config, T5Encoder
+from ..text_encoders.t5_residual import T5Residual, T5ResidualConfig
 from ..unet.config import UNetConfig
 from ..unet.experts import ExpertEntry
 from ..unet.ldm_names import ldm_names
@@ -147,6 +148,8 @@ def _text(folder: ModelFolder, name: str) -> nn.Module:
     match folder.parts[name]:
         case "Conditioner":
             return without_storage(lambda: Conditioner(ConditionerConfig.from_dict(config)))
+        case "T5Residual":
+            return without_storage(lambda: T5Residual(T5ResidualConfig.from_dict(config)))
         case "T5EncoderModel":
             return without_storage(lambda: T5Encoder(T5Config.from_dict(config)))
         case kind:

@@ -19,10 +19,26 @@ from .hub import HubName, cached, hub_name, is_commit
 from .loading import Model
 from .metadata import encode_picture, open_picture
 from .previews import to_image
-from .request import Request, batches, resolve, rounds
+from .request import EARLIER, Request, batches, resolve, rounds
 from .text_to_image import Picture, text_to_image
 
-_COPIED = ("negative", "width", "height", "steps", "sampler", "schedule", "sigmas", "eta", "guidance_rescale", "apg", "dynamic_threshold")
+_COPIED = (
+    "negative",
+    "width",
+    "height",
+    "steps",
+    "sampler",
+    "schedule",
+    "sigmas",
+    "eta",
+    "guidance_rescale",
+    "apg",
+    "dynamic_threshold",
+    "syntax",
+    "long_prompts",
+    "clip_weight",
+    "t5_weight",
+)
 
 
 @dataclass(frozen=True)
@@ -79,11 +95,12 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
         DataError: the settings lack an entry or hold one that cannot be.
     """
     try:
-        copied: dict[str, Any] = {name: settings[name] for name in _COPIED}
+        known = {**EARLIER, **settings}
+        copied: dict[str, Any] = {name: known[name] for name in _COPIED}
         if copied["schedule"] == "custom":
             del copied["schedule"]  # the sigmas say it
-        interval = settings["guidance_interval"]
-        loras = [LoraUse.stored(lora) for lora in settings.get("loras", [])]
+        interval, template = settings["guidance_interval"], known["template"]
+        loras = [LoraUse.stored(lora) for lora in known["loras"]]
         request = resolve(
             folder,
             settings["prompt"],
@@ -91,14 +108,15 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
             guidance=None if settings["expert_guidance"] else settings["guidance"],
             guidance_interval=None if interval is None else (interval[0], interval[1]),
             loras=loras,
-            embeddings=[EmbeddingUse.stored(one) for one in settings.get("embeddings", [])],
+            embeddings=[EmbeddingUse.stored(one) for one in known["embeddings"]],
+            template=None if template is None else (template[0], template[1]),
             **copied,
             edit=None if "edit" not in settings else edit_from(_without_paths(settings["edit"])),
             upscale=None if "upscale" not in settings else upscale_from(settings["upscale"]),
             tile=settings.get("tile"),
         )
         index = request.seeds.index(settings["seed"])
-        texts = [settings[name] for name in ("dtype", "device", "attention")]
+        texts = [settings[name] for name in ("dtype", "device", "attention")] + [*(template or ())]
         wholes = [request.width, request.height, request.steps, *request.seeds]
         if not all(isinstance(text, str) for text in texts) or not all(type(whole) is int for whole in wholes):
             raise TypeError("text where a number should be, or a number where a text should be")

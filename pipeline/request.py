@@ -1,7 +1,7 @@
 """What is asked for: every setting of a batch of pictures, resolved against the model's defaults and checked before any weight is loaded."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UsageError
 from ..schedulers.registry import SAMPLERS, sampler_info
 from ..schedulers.schedules import SPACINGS, make_schedule
+from ..text_encoders.prompts import Reading, Text, choose, joined, looks_weighted, parse
 from .adapters import LoraUse
 from .edits import Edit, Upscale, resolved_edit, resolved_upscale
 from .embeddings import EmbeddingUse
@@ -18,6 +19,16 @@ from .limits import CHOICES, RANGES, checked_text
 
 BATCH_PIXELS = 4 * 512 * 512
 BATCH_PICTURES = 16
+EARLIER: Mapping[str, Any] = {
+    "loras": (),
+    "embeddings": (),
+    "syntax": "plain",
+    "long_prompts": "truncate",
+    "clip_weight": 1.0,
+    "t5_weight": 1.0,
+    "template": None,
+}
+"""What pictures and plans mean that were made before a setting was there, and therefore lack it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,11 @@ class Request:
         edit: a picture to begin with, or None.
         upscale: a second round on the enlarged drawing, or None.
         tile: "x", "y" or "xy", along which the picture meets itself when it is laid side by side; None for no such thing.
+        syntax: "plain", or "weighted": prompts are read by `text_encoders.prompts.parse`.
+        long_prompts: "chunk": CLIP reads as many chunks as a prompt takes; "truncate": one.
+        clip_weight: 0..10, how much CLIP's tokens count beside T5's; see `Conditioner`.
+        t5_weight: the same of T5's, which is neither loaded nor run at 0.
+        template: prompt and negative prompt as they were before choices were made for these seeds; None where there were none.
     """
 
     prompt: str
@@ -68,9 +84,33 @@ class Request:
     strict: bool
     loras: tuple[LoraUse, ...]
     embeddings: tuple[EmbeddingUse, ...]
+    syntax: str
+    long_prompts: str
+    clip_weight: float
+    t5_weight: float
+    template: tuple[str, str] | None
     edit: Edit | None = None
     upscale: Upscale | None = None
     tile: str | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How the prompts are read."""
+        return Reading(self.syntax == "weighted", self.long_prompts == "chunk", self.clip_weight, self.t5_weight)
+
+    def text(self, part: "Round") -> Text:
+        """What the text encoders are told for a round."""
+        return Text(self.prompt, self.negative, part.width, part.height, self.reading)
+
+    @property
+    def seems_weighted(self) -> bool:
+        """Whether a prompt of plain syntax holds what would be a weight in the other."""
+        return self.syntax == "plain" and (looks_weighted(self.prompt) or looks_weighted(self.negative))
+
+    @property
+    def words(self) -> str:
+        """The prompt without its syntax."""
+        return joined(self.reading.parts(self.prompt)).text
 
 
 @dataclass(frozen=True)
@@ -130,6 +170,22 @@ def recorded(request: Request) -> dict[str, Any]:
     return fields
 
 
+def resolve_all(
+    folder: ModelFolder, prompt: str, seeds: Iterable[int], *, negative: str = "", syntax: str = "plain", **settings: Any
+) -> list[Request]:
+    """As `resolve`, after the choices `{a|b}` of the prompts were made for each seed: one request for each outcome, in the order of the seeds."""
+    if syntax == "plain":
+        return [resolve(folder, prompt, seeds, negative=negative, **settings)]
+    template = (checked_text("the prompt", prompt), negative)
+    chosen: dict[tuple[str, str], list[int]] = {}
+    for seed in seeds:
+        chosen.setdefault((choose(prompt, seed, "prompt"), choose(negative, seed, "negative")), []).append(seed)
+    return [
+        resolve(folder, texts[0], alike, negative=texts[1], syntax=syntax, template=None if texts == template else template, **settings)
+        for texts, alike in chosen.items()
+    ]
+
+
 def resolve(
     folder: ModelFolder,
     prompt: str,
@@ -162,11 +218,19 @@ def resolve(
     upscale_steps: int | None = None,
     upscale_strength: float | None = None,
     tile: str | None = None,
+    syntax: str = "plain",
+    long_prompts: str = "chunk",
+    clip_weight: float = 1.0,
+    t5_weight: float = 1.0,
+    no_t5: bool = False,
+    template: tuple[str, str] | None = None,
 ) -> Request:
     """Fill in the model's defaults and check every value; the arguments are the fields of `Request`, None is the model's default.
 
     The arguments of an edit and of an enlargement are those of `edits.resolved_edit` and `edits.resolved_upscale`; a picture to begin with gives
     the size where none is named. A recorded `Edit` or `Upscale` stands in place of its parts.
+
+    `no_t5` is the same as a `t5_weight` of 0.
 
     Where the sampler is named but not the schedule, the model's schedule is kept if the sampler has a use for it, else the sampler's own is taken.
 
@@ -209,7 +273,14 @@ def resolve(
         edit=edit,
         upscale=upscale if isinstance(upscale, Upscale) else resolved_upscale(upscale, upscale_mode, upscale_steps, upscale_strength, steps),
         tile=tile,
+        syntax=syntax,
+        long_prompts=long_prompts,
+        clip_weight=float(clip_weight),
+        t5_weight=0.0 if no_t5 else float(t5_weight),
+        template=template,
     )
+    if no_t5 and t5_weight not in (0, 1):
+        raise UsageError(f"--no-t5 stands beside --t5-weight {t5_weight:g}; leave one of them out.")
     check(folder, request)
     return request
 
@@ -245,6 +316,9 @@ def check(folder: ModelFolder, request: Request) -> None:
             raise UsageError(f"--{name} {side}{whose} is not a multiple of {folder.factor}, which this model needs; the nearest that fit are {near}.")
     _check_edit(folder, request)
     _one_of("schedule", request.schedule, SPACINGS)
+    _one_of("syntax", request.syntax, CHOICES["syntax"])
+    _one_of("long-prompts", request.long_prompts, CHOICES["long_prompts"])
+    _check_texts(folder, request)
     _within("steps", request.steps, *RANGES["steps"])
     _within("guidance", request.guidance, *RANGES["guidance"])
     _within("guidance-rescale", request.guidance_rescale, *RANGES["guidance_rescale"])
@@ -261,6 +335,18 @@ def check(folder: ModelFolder, request: Request) -> None:
     if request.dynamic_threshold is not None:
         _within("dynamic-threshold", request.dynamic_threshold, *RANGES["dynamic_threshold"])
     make_schedule(folder.noise, request.sampler, request.steps, spacing=request.schedule, sigmas=request.sigmas)
+
+
+def _check_texts(folder: ModelFolder, request: Request) -> None:
+    if request.syntax == "weighted":
+        parse(request.negative)
+        checked_text("the prompt without its brackets", request.words)
+    for name, weight in (("clip-weight", request.clip_weight), ("t5-weight", request.t5_weight)):
+        _within(name, weight, *RANGES[name.replace("-", "_")])
+        takers = {"clip-t5"} if name == "clip-weight" else {"clip-t5", "sd-t5"}
+        if weight != 1 and not takers & folder.families:
+            option = "--no-t5" if (name, weight) == ("t5-weight", 0) else f"--{name}"
+            raise UsageError(f"{option} has no meaning for {folder.name!r}, whose text encoders are not CLIP beside T5; leave it out.")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -207,7 +207,7 @@ def _encode(model: Model, request: Request, part: Round) -> dict[str, _Told]:
     """What each expert is told in a round; the same object for those that read prompts alike."""
     told: dict[Encode, _Told] = {}
     for encode in dict.fromkeys(model.readers.values()):
-        prompt, negative = encode(request.prompt, request.negative, part.width, part.height)
+        prompt, negative = encode(request.text(part))
         overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
         told[encode] = _Told(repeated(prompt.conditioning, len(request.seeds)), negative.conditioning, overflow)
     return {name: told[encode] for name, encode in model.readers.items()}

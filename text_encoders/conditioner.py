@@ -141,6 +141,8 @@ class Conditioner(nn.Module):
         t5_mask: Tensor,
         keep_clip: Tensor | None = None,
         keep_t5: Tensor | None = None,
+        clip_weight: float = 1.0,
+        t5_weight: float = 1.0,
     ) -> Conditioning:
         """Join the outputs of the two encoders.
 
@@ -153,10 +155,13 @@ class Conditioner(nn.Module):
             keep_clip: (batch,) bool; False drops CLIP from that row: its tokens are masked, its share of the pooled vector is zero.
                 None keeps all. Rows are dropped independently for each encoder in training (eDiff-I, section 4.2).
             keep_t5: the same for T5.
+            clip_weight: how much each CLIP token counts beside the others: the numerators of every softmax over the joined tokens are multiplied by
+                it, here and in the U-Net, and so is CLIP's share of the pooled vector; 0 drops CLIP.
+            t5_weight: the same for T5.
 
         Returns:
             Tokens (batch, clip tokens + t5 tokens + 1, width) and pooled (batch, pooled_width), both layer-normed, so of standard
-            deviation about 1; and the joint mask, True at the null token, which is last.
+            deviation about 1; and the joint mask, 1 at the null token, which is last; it is bool where both weights are 0 or 1.
         """
         batch = len(clip_tokens)
         clip_kept = clip_mask if keep_clip is None else clip_mask & keep_clip[:, None]
@@ -164,7 +169,7 @@ class Conditioner(nn.Module):
         t5_projected = self.t5(t5_tokens)
         null = self.null_token.expand(batch, 1, -1)
         tokens = torch.cat([self.clip(clip_tokens) + self.clip.type_embedding, t5_projected + self.t5.type_embedding, null], dim=1)
-        mask = torch.cat([clip_kept, t5_kept, clip_kept.new_ones(batch, 1)], dim=1)
+        mask = torch.cat([_counted(clip_kept, clip_weight), _counted(t5_kept, t5_weight), clip_kept.new_ones(batch, 1)], dim=1)
         bias = key_mask(mask)
         for layer in self.refiner:
             tokens = layer(tokens, bias)
@@ -172,9 +177,15 @@ class Conditioner(nn.Module):
         pooled = self.pooled_clip_norm(clip_pooled)
         if keep_clip is not None:
             pooled = pooled * keep_clip[:, None]
+        pooled = pooled * clip_weight
         if self.config.pooled == "clip+t5":
-            pooled = torch.cat([pooled, masked_mean(t5_projected, t5_kept)], dim=1)
+            pooled = torch.cat([pooled, masked_mean(t5_projected, t5_kept) * t5_weight], dim=1)
         return Conditioning(tokens=self.norm_out(tokens), mask=mask, pooled=self.pooled_mlp(pooled))
+
+
+def _counted(mask: Tensor, weight: float) -> Tensor:
+    """How much each token of a mask counts; bool where that is all or nothing."""
+    return mask & bool(weight) if weight in (0, 1) else mask * float(weight)
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ A tokenizer folder holds `tokenizer.json`, or `vocab.json` and `merges.txt` (CLI
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..errors import DataError, ModelError, UsageError
 from ..weights import read_json, within_single_file
 from .clip_vocabulary import clip_merges, clip_words
+from .prompts import Part
 from .sentencepiece_file import read_sentencepiece
 
 _CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -40,6 +42,23 @@ class Tokens:
     ids: Tensor
     mask: Tensor
     overflow: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """One prompt as ids, in one row or more.
+
+    Attributes:
+        ids: (chunks, length) int64, each with begin and end tokens, padded on the right.
+        mask: (chunks, length) bool, False at pads.
+        weights: (chunks, length) float32, how much each token weighs, 1 where it is not of the prompt; None where all are 1.
+        overflow: the text of the words that did not fit.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    weights: Tensor | None
+    overflow: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,22 +87,51 @@ class Tokenizer:
         Raises:
             DataError: a prompt that is not valid Unicode.
         """
-        room = self.length - len(self.prefix) - len(self.suffix)
-        texts = [self._spelled(text) for text in texts]
-        encodings = [self._split(text) for text in texts]
-        rows = [[*self.prefix, *encoding.ids[:room], *self.suffix] for encoding in encodings]
-        ids = torch.tensor([row + [self.pad_id] * (self.length - len(row)) for row in rows], dtype=torch.int64).reshape(-1, self.length)
-        counts = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        rows = [self.chunks((Part(text),), split=False) for text in texts]
         return Tokens(
-            ids=ids,
-            mask=torch.arange(self.length) < counts[:, None],
-            overflow=[_beyond(text, encoding, room) for text, encoding in zip(texts, encodings, strict=True)],
+            ids=torch.cat([torch.empty(0, self.length, dtype=torch.int64), *(row.ids for row in rows)]),
+            mask=torch.cat([torch.empty(0, self.length, dtype=torch.bool), *(row.mask for row in rows)]),
+            overflow=[row.overflow for row in rows],
         )
 
-    def _spelled(self, text: str) -> str:
+    def chunks(self, parts: Sequence[Part], split: bool, least: int = 1) -> Chunks:
+        """Turn a prompt into rows of `length` ids.
+
+        A token weighs what the last character of its text weighs. Rows are cut where a word begins, or inside of one that is longer than a row.
+
+        Args:
+            parts: each begins a row.
+            split: whether a part goes on in further rows; if not, each is cut to one.
+            least: number of rows, empty ones being added.
+
+        Raises:
+            DataError: a prompt that is not valid Unicode.
+        """
+        room = self.length - len(self.prefix) - len(self.suffix)
+        rows: list[tuple[list[int], list[float]]] = []
+        overflow: list[str] = []
+        for part in map(self._spelled, parts):
+            encoding = self._split(part.text)
+            edges = _edges(part.text, encoding, room) if split else [0, min(room, len(encoding.ids))]
+            weights = [1.0] * len(encoding.ids) if part.weights is None else [part.weights[max(end - 1, 0)] for _, end in encoding.offsets]
+            rows += [(encoding.ids[first:end], weights[first:end]) for first, end in pairwise(edges)]
+            overflow.append("" if split else _beyond(part.text, encoding, room))
+        rows += [([], [])] * (least - len(rows))
+        before, after = len(self.prefix), len(self.suffix)
+        counts = torch.tensor([before + len(ids) + after for ids, _ in rows])
+        return Chunks(
+            ids=torch.tensor([[*self.prefix, *ids, *self.suffix, *[self.pad_id] * (room - len(ids))] for ids, _ in rows], dtype=torch.int64),
+            mask=torch.arange(self.length) < counts[:, None],
+            weights=None
+            if all(part.weights is None for part in parts)
+            else torch.tensor([[*[1.0] * before, *weights, *[1.0] * (room - len(weights) + after)] for _, weights in rows]),
+            overflow=" ".join(words for words in overflow if words),
+        )
+
+    def _spelled(self, part: Part) -> Part:
         for word, tokens in self.spelled.items():
-            text = re.sub(word_pattern(word), tokens.replace("\\", r"\\"), text, flags=re.IGNORECASE)
-        return text
+            part = part.with_spelling(word_pattern(word), tokens)
+        return part
 
     def _split(self, text: str) -> Encoding:
         try:
@@ -91,6 +139,16 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise DataError(f"the prompt {text!r} holds a lone surrogate at position {error.start}; valid Unicode was wanted; retype it") from error
         return self.backend.encode(text, add_special_tokens=False)
+
+
+def _edges(text: str, encoding: Encoding, room: int) -> list[int]:
+    """Where rows of at most `room` tokens begin, and the end: before a word after white space, else before a token that begins one, else anywhere."""
+    edges, tokens = [0], len(encoding.ids)
+    while tokens - edges[-1] > room:
+        begun = [i for i in range(edges[-1] + room, edges[-1], -1) if encoding.word_ids[i] != encoding.word_ids[i - 1]]
+        spaced = [i for i in begun if text[encoding.offsets[i][0] - 1].isspace()]
+        edges.append(next(iter([*spaced, *begun, edges[-1] + room])))
+    return [*edges, tokens]
 
 
 def _beyond(text: str, encoding: Encoding, room: int) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from ..attention import AttentionBackend
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import Place, load_conditioner, load_text
+from ..pipeline.loading import Place, load_conditioner, load_t5_residual, load_text
 from ..unet.experts import ExpertText
 from .config import FinetuneConfig, make_config
 from .posthoc import Profile, exponent, find_snapshots, reconstruct, shares_of
@@ -86,4 +86,5 @@ def _readers(reading: ModelFolder, text: ExpertText | None, config: FinetuneConf
     place, parts = Place(torch.device("cpu"), torch.float32, AttentionBackend.AUTO), config.train.split(",")
     if "text-encoders" in parts:
         return text_networks(load_text(reading, place, text))
-    return {"conditioner": load_conditioner(reading, place)} if "conditioner" in parts else {}
+    load = load_t5_residual if reading.family == "sd-t5" else load_conditioner
+    return {"conditioner": load(reading, place)} if "conditioner" in parts else {}

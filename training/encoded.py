@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention import AttentionBackend
 from ..errors import DataError, UsageError
 from ..pipeline.folder import TEXT_PARTS, ModelFolder
-from ..pipeline.loading import DTYPES, Place, load_codec, load_conditioner, load_text
+from ..pipeline.loading import DTYPES, Place, load_codec, load_conditioner, load_t5_residual, load_text
 from ..shards.encoded_members import METADATA, Encoding, StoredEncoding, content_sha256, differences, read_header
 from ..shards.index import ShardIndex, encoding_of
 from ..shards.specs import read_range
@@ -182,4 +182,5 @@ def open_source(
     if folder.family == "clip-t5":
         return EncodedSource(index, make_join(folder, load_conditioner(folder, place), {}), device)
     empty = unpack(read_range(index.shards[stored.shard], stored.offset, stored.size))
-    return EncodedSource(index, make_join(folder, None, {name: tensor[None].to(device) for name, tensor in empty.items()}), device)
+    residual = load_t5_residual(folder, place) if folder.family == "sd-t5" else None
+    return EncodedSource(index, make_join(folder, residual, {name: tensor[None].to(device) for name, tensor in empty.items()}), device)

@@ -28,6 +28,7 @@ _KOHYA_TEXT = {
     "sdxl": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     "sdxl-refiner": {"text_encoder_2": "lora_te2"},
     "clip-t5": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"},
+    "sd-t5": {"text_encoder": "lora_te", "text_encoder_2": "lora_te3"},
 }
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]

@@ -15,7 +15,8 @@ from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import AESTHETIC_SCORE, TextParts
 from ..shards.index import ShardIndex
 from ..text_encoders.conditioner import Conditioner
-from ..text_encoders.encode import ClipPart, ClipT5Part, T5Part, embed_clip_t5, encode_sd, encode_sdxl, encode_t5
+from ..text_encoders.encode import ClipPart, ClipT5Part, SdT5Part, T5Part, embed_clip_t5, embed_t5, encode_sd, encode_sdxl, encode_t5
+from ..text_encoders.t5_residual import T5Residual
 from ..vae.codec import LatentCodec
 from .batches import Fitted, fit
 from .objective import Draw
@@ -65,14 +66,14 @@ class Join:
     Attributes:
         family: of the model, see `ModelFolder`.
         factor: pixels to a latent position.
-        conditioner: joins CLIP and T5 and drops either by itself; None for the other families.
-        empty: for the other families the features of a dropped caption, of one row: those of "", or zeros where the model has it so.
+        conditioner: joins CLIP and T5 and drops either by itself, or adds T5 to CLIP; None for families without T5.
+        empty: where nothing joins, the features of a dropped caption, of one row: those of "", or zeros where the model has it so.
         zero: whether they are zeros.
     """
 
     family: str
     factor: int
-    conditioner: Conditioner | None
+    conditioner: Conditioner | T5Residual | None
     empty: Features
     zero: bool
 
@@ -88,11 +89,14 @@ class Join:
             latents: (batch, c, h, w), for their size.
             drawn: says what is dropped.
         """
-        if self.conditioner is not None:
+        if isinstance(self.conditioner, Conditioner):
             keep_clip, keep_t5 = (keep.to(latents.device) for keep in (drawn.keep_clip, drawn.keep_t5))
             return self.conditioner(**features, keep_clip=keep_clip, keep_t5=keep_t5)
         keep = drawn.keep_clip.to(latents.device)
         tokens = torch.where(keep[:, None, None], features["tokens"], self.empty["tokens"])
+        if isinstance(self.conditioner, T5Residual):
+            mask = features["t5_mask"] & drawn.keep_t5.to(latents.device)[:, None]
+            return Conditioning(self.conditioner(tokens, features["t5_tokens"], mask))
         if self.family in ("sd", "t5"):
             return Conditioning(tokens)
         return Conditioning(
@@ -106,7 +110,7 @@ class Join:
         return torch.cat([sizes.float(), sizes.new_tensor(told, dtype=torch.float32).expand(len(sizes), -1)], dim=1).to(latents.device)
 
 
-def make_join(folder: ModelFolder, conditioner: Conditioner | None, empty: Features) -> Join:
+def make_join(folder: ModelFolder, conditioner: Conditioner | T5Residual | None, empty: Features) -> Join:
     """The join of a model; `empty` are the features of one "", which SDXL's zero_negative turns to zeros."""
     zero = folder.zero_negative and folder.family.startswith("sdxl")
     features = {name: torch.zeros_like(tensor) if zero else tensor for name, tensor in empty.items()}
@@ -118,7 +122,8 @@ def text_features(parts: TextParts, captions: Sequence[str]) -> dict[str, Tensor
 
     Returns:
         SD and T5 alone: tokens (batch, n, width) after the final norm. SDXL and its refiner: tokens of the penultimate layers and pooled (batch,
-        width). CLIP with T5: clip_tokens, clip_mask (bool, False at pads), clip_pooled, t5_tokens, t5_mask, the arguments of `Conditioner`.
+        width). CLIP with T5: clip_tokens, clip_mask (bool, False at pads), clip_pooled, t5_tokens, t5_mask, the arguments of `Conditioner`. SD with
+        T5: SD's and t5_tokens, t5_mask.
     """
     if isinstance(parts, ClipT5Part):
         said = embed_clip_t5(captions, parts.clip, parts.t5)
@@ -127,6 +132,9 @@ def text_features(parts: TextParts, captions: Sequence[str]) -> dict[str, Tensor
         return {"tokens": encode_sd(captions, parts).conditioning.tokens}
     if isinstance(parts, T5Part):
         return {"tokens": encode_t5(captions, parts).conditioning.tokens}
+    if isinstance(parts, SdT5Part):
+        t5_tokens, t5_mask, _ = embed_t5(captions, parts.t5)
+        return {"tokens": encode_sd(captions, parts.clip).conditioning.tokens, "t5_tokens": t5_tokens, "t5_mask": t5_mask}
     encoded = encode_sdxl(captions, *parts, size_ids=()).conditioning
     assert encoded.pooled is not None
     return {"tokens": encoded.tokens, "pooled": encoded.pooled}
@@ -134,7 +142,7 @@ def text_features(parts: TextParts, captions: Sequence[str]) -> dict[str, Tensor
 
 def text_networks(parts: TextParts) -> dict[str, nn.Module]:
     """The text encoders and the conditioner of a model, by component."""
-    if isinstance(parts, ClipT5Part):
+    if isinstance(parts, ClipT5Part | SdT5Part):
         return {"text_encoder": parts.clip.model, "text_encoder_2": parts.t5.model, "conditioner": parts.conditioner}
     towers = (parts, None) if isinstance(parts, ClipPart | T5Part) else parts
     return {name: tower.model for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True) if tower is not None}
@@ -169,7 +177,7 @@ class PictureSource:
     def _join(self) -> Join:
         """The join, with what stands for a dropped caption as the encoders say it now, in case they are trained."""
         trained = any(parameter.requires_grad for network in self.networks.values() for parameter in network.parameters())
-        if not trained or self.join.zero or self.join.conditioner is not None:
+        if not trained or self.join.zero or isinstance(self.join.conditioner, Conditioner):
             return self.join
         return replace(self.join, empty=text_features(self.parts, [""]))
 
@@ -178,4 +186,5 @@ def picture_source(folder: ModelFolder, index: ShardIndex, codec: LatentCodec, p
     """A source of pictures and captions with the frozen parts of a model."""
     if isinstance(parts, ClipT5Part):
         return PictureSource(index, codec, parts, make_join(folder, parts.conditioner, {}), device)
-    return PictureSource(index, codec, parts, make_join(folder, None, text_features(parts, [""])), device)
+    conditioner = parts.conditioner if isinstance(parts, SdT5Part) else None
+    return PictureSource(index, codec, parts, make_join(folder, conditioner, text_features(parts, [""])), device)

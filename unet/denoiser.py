@@ -100,7 +100,7 @@ class UNetDenoiser:
         prompt = _Prompt(
             keys_values=self.unet.text_keys_values(conditioning.tokens.to(weight)),
             # Without a mask every fused kernel is possible; this is the one place where asking costs nothing.
-            mask=None if mask is None or bool(mask.all()) else mask.to(weight.device),
+            mask=None if mask is None or bool((mask == 1).all()) else mask.to(weight.device),
             pooled=pooled.to(weight) if takes_pooled and pooled is not None else None,
             size_ids=size_ids.to(weight.device, torch.float32) if self.unet.add_embedding is not None and size_ids is not None else None,
         )

@@ -19,7 +19,7 @@ class TextContext(NamedTuple):
 
     Attributes:
         keys_values: for each cross-attention layer its key and value, (batch, heads, tokens, d) each.
-        bias: (batch, 1, 1, tokens) bool, True = attend; None when all tokens count.
+        bias: (batch, 1, 1, tokens) bool, True = attend, or float, added to the scaled scores; None when all tokens count.
         recorder: called with layer name, query (batch, heads, h·w, d) and key (batch, heads, tokens, d) by every layer; None to record nothing.
     """
 

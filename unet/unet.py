@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import AttentionBackend
+from ..attention import AttentionBackend, mask_bias
 from .blocks import DownBlock, MidBlock, UpBlock
 from .config import UNetConfig
 from .layers import CrossAttention, EmbeddingMLP, Recorder, TextContext, sinusoidal_embedding
@@ -70,7 +70,8 @@ class UNet(nn.Module):
             x: (batch, in_channels, h, w) noisy latents, scaled as the network was trained (variance-preserving for every known checkpoint).
             t: (batch,) timesteps, 0 to 999 for known checkpoints; fractions are fine.
             keys_values: from `text_keys_values`.
-            mask: (batch, tokens) bool, True where a token counts; a row without any counts as all True, as in diffusers. None when all do.
+            mask: (batch, tokens) bool, True where a token counts, or float, how much it does; a row without any counts as all True, as in diffusers.
+                None when all do.
             pooled: (batch, pooled_width); the pooled text, for `class_embed_type` "projection" and `addition_embed_type` "text_time".
             size_ids: (batch, n) SDXL's size ids, for "text_time".
             recorder: see `TextContext`; the fused attention path stays in place.
@@ -81,7 +82,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: `pooled` or `size_ids` is missing where the config asks for it, or given where the config has no use for it.
         """
-        text = TextContext(keys_values, None if mask is None else (mask | ~mask.any(dim=1, keepdim=True))[:, None, None, :], recorder)
+        text = TextContext(keys_values, None if mask is None else _bias(mask, x.dtype), recorder)
         time = F.silu(self._time(t, pooled, size_ids))
         x = self.conv_in(x)
         kept = [x]
@@ -107,3 +108,8 @@ class UNet(nn.Module):
             sizes = sinusoidal_embedding(size_ids.flatten(), config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
             time = time + self.add_embedding(torch.cat([pooled.to(dtype), sizes.unflatten(0, size_ids.shape).flatten(1).to(dtype)], dim=-1))
         return time
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.where(mask.any(dim=1, keepdim=True), mask, True)
+    return mask_bias(mask.to(dtype) if mask.is_floating_point() else mask)

@@ -107,11 +107,13 @@ def test_equal_names_are_numbered(generate: Generate):
 
 
 def test_words_beyond_the_limit_are_named(generate: Generate, ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    line = generate("abc defghijklmnop qrstuvwxyz")[0]
+    assert list(generate("abc defghijklmnop qrstuvwxyz")[0]["truncated"].items()) == [("t5", "qrstuvwxyz")]
+    line = generate("abc defghijklmnop qrstuvwxyz", "--long-prompts", "truncate")[0]
     assert line["truncated"]["clip"] == "defghijklmnop qrstuvwxyz"
     arguments = ["generate", "abc defghijklmnop qrstuvwxyz", "--model", str(ensemble_folder), "--out", str(tmp_path / "s.png"), "--strict"]
-    assert run(arguments) == 2
-    assert "'defghijklmnop qrstuvwxyz' do not fit" in capsys.readouterr().err
+    for more, words in (([], "'qrstuvwxyz'"), (["--long-prompts", "truncate"], "'defghijklmnop qrstuvwxyz'")):
+        assert run([*arguments, *more]) == 2
+        assert f"{words} do not fit" in capsys.readouterr().err
     assert not (tmp_path / "s.png").exists()
 
 

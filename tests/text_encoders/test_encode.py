@@ -1,6 +1,5 @@
 """Prompts to conditioning: equality with diffusers' own prompt encoding, one encoding for each distinct text, and the words beyond the limits."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,42 +8,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from text_towers import BASE_IDS, clip_t5, towers
 from torch import Tensor
-from transformers import CLIPTextConfig as TheirConfig
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict
-from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
-from tu_diffuse.text_encoders.encode import ClipPart, ClipT5Part, T5Part, embed_clip_t5, encode_clip_t5, encode_sd, encode_sdxl
-from tu_diffuse.text_encoders.t5 import T5Config, T5Encoder
+from tu_diffuse.text_encoders.clip import CLIPText
+from tu_diffuse.text_encoders.conditioner import Conditioner
+from tu_diffuse.text_encoders.encode import ClipPart, ClipT5Part, embed_clip_t5, encode_clip_t5, encode_sd, encode_sdxl
 from tu_diffuse.text_encoders.tokenizer import load_tokenizer
 
 PROMPTS = ["a red apple left of a blue star", "", "snow on the mountain, " * 30]
-BASE_IDS = (1024.0, 1024.0, 0.0, 0.0, 512.0, 768.0)
 
 
 @pytest.fixture
 def folder(clip_folder: Callable[..., Path]) -> Path:
     return clip_folder({})
-
-
-def towers(folder: Path, width: int, projection: int | None, layers: int = 4) -> tuple[torch.nn.Module, ClipPart]:
-    """Theirs and ours with the same weights."""
-    torch.manual_seed(width)
-    vocab = json.loads((folder / "vocab.json").read_text())
-    config = TheirConfig(
-        vocab_size=len(vocab),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        projection_dim=projection if projection is not None else 16,
-        eos_token_id=vocab["<|endoftext|>"],
-    )
-    model = (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config).eval()
-    ours = CLIPText(CLIPTextConfig.from_dict(config.to_dict()), projection is not None).eval()
-    ours.load_state_dict(clip_state_dict(model.state_dict()))
-    return model, ClipPart(load_tokenizer(folder), ours)
 
 
 @torch.no_grad()
@@ -90,14 +68,6 @@ def test_sdxl_refiner_takes_the_second_tower_only(folder: Path) -> None:
     assert torch.equal(refiner.pooled, base.pooled)
     assert refiner.size_ids.tolist() == [list(ids)] * 3
     assert encode_sdxl(PROMPTS, None, part_2, ids).overflow[2].keys() == {"clip_2"}
-
-
-def clip_t5(folder: Path, t5_folder: Path) -> ClipT5Part:
-    _, clip = towers(folder, 32, 24)
-    torch.manual_seed(5)
-    t5 = T5Encoder(T5Config(vocab_size=200, d_model=40, d_kv=8, d_ff=64, num_layers=2, num_heads=4)).eval()
-    config = ConditionerConfig(clip_width=32, clip_pooled_width=24, t5_width=40, width=48, pooled_width=20, refiner_layers=1)
-    return ClipT5Part(clip, T5Part(load_tokenizer(t5_folder, 30), t5), Conditioner(config).eval())
 
 
 def test_clip_t5_joins_both_encoders(folder: Path, t5_folders: dict[str, Path]) -> None:
@@ -167,7 +137,10 @@ def test_what_does_not_fit_is_refused(folder: Path, t5_folders: dict[str, Path])
         encode_sd(["a star"], ClipPart(part.tokenizer, small))
     whole = clip_t5(folder, t5_folders["nmt_nfkc"])
     with pytest.raises(ModelError, match="text_projection"):
-        ClipT5Part(part, whole.t5, whole.conditioner)
+        ClipT5Part(part, whole.load_t5, whole.conditioner)
     other: Any = Conditioner(replace(whole.conditioner.config, t5_width=41))
-    with pytest.raises(ModelError, match=r"\(32, 24, 40\).*\(32, 24, 41\)"):
-        ClipT5Part(whole.clip, whole.t5, other)
+    with pytest.raises(ModelError, match=r"T5\) are \(40,\).*\(41,\)"):
+        _ = ClipT5Part(whole.clip, whole.load_t5, other).t5
+    narrow: Any = Conditioner(replace(whole.conditioner.config, clip_width=33))
+    with pytest.raises(ModelError, match=r"pooled\) are \(32, 24\).*\(33, 24\)"):
+        ClipT5Part(whole.clip, whole.load_t5, narrow)

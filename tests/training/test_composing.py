@@ -16,6 +16,7 @@ from tu_diffuse.pipeline.folder import ModelFolder, open_folder
 from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
+from tu_diffuse.text_encoders.prompts import Reading, Text
 from tu_diffuse.training.composing import compose
 from tu_diffuse.training.forking import drop, fork, put_weights
 from tu_diffuse.training.intervals import expert_of, sigma_of
@@ -89,7 +90,7 @@ def test_what_base_and_refiner_share_is_stored_once(sdxl_folder: Path, refiner_f
     assert json.loads((tmp_path / "sdxl" / "experts.json").read_text())["version"] == 2
     loaded = load_model(model, dtype="float32", device="cpu")
     assert len(set(loaded.readers.values())) == 2
-    assert loaded.readers[low.name]("a", "", 32, 32)[0].conditioning.tokens.shape == (1, 16, 24)
+    assert loaded.readers[low.name](Text("a", "", 32, 32, Reading()))[0].conditioning.tokens.shape == (1, 16, 24)
 
 
 def test_text_encoders_that_differ_come_along_and_go_again(sdxl_folder: Path, refiner_folder: Path, tmp_path: Path):
