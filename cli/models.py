@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UsageError
 from .info import lines_of
+from .opening import open_unpacked
 from .options import EXIT_CODES, Debug, Json, PredictionType
 
 if TYPE_CHECKING:
@@ -298,10 +299,9 @@ def add_t5(
     """
     del debug  # read in main.py
     from ..pipeline.describe import describe
-    from ..pipeline.folder import open_folder
     from ..training.text_parts import add_t5 as write
 
-    made = write(open_folder(model), t5, out, link)
+    made = write(open_unpacked(model), t5, out, link)
     print(json.dumps(describe(made)) if as_json else str(out))
 
 
@@ -329,9 +329,8 @@ def use_clip(
     """
     del debug  # read in main.py
     from ..pipeline.describe import describe
-    from ..pipeline.folder import open_folder
     from ..training.text_parts import tower_folder
     from ..training.text_parts import use_clip as write
 
-    made = write(open_folder(model), tower_folder(clip), out, part, link)
+    made = write(open_unpacked(model), tower_folder(clip), out, part, link)
     print(json.dumps(describe(made)) if as_json else str(out))

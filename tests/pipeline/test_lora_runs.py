@@ -19,6 +19,7 @@ from tu_diffuse.pipeline.lora_fit import networks_of
 from tu_diffuse.pipeline.metadata import read_metadata
 from tu_diffuse.pipeline.request import Request, resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
+from tu_diffuse.text_encoders.prompts import Reading, Text
 
 PROMPT, STEPS = "a red apple", 4
 
@@ -185,13 +186,13 @@ def test_an_embedding_makes_the_conditioning_and_latents_of_diffusers(sd1_folder
     plain = theirs(pipeline, "a <cat> b")
     pipeline.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors")
     wanted, _ = pipeline.encode_prompt("a <cat> b", "cpu", 1, False)
-    got = adapted_to(model, shelf, request).readers["unet"]("a <cat> b", "", 32, 32)[0].conditioning.tokens
+    got = adapted_to(model, shelf, request).readers["unet"](Text("a <cat> b", "", 32, 32, Reading()))[0].conditioning.tokens
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
     latents = theirs(pipeline, "a <cat> b")
     assert (latents - plain).abs().max() > 1e-2
     assert (drawn(model, shelf, request)[0] - latents).abs().max() <= 1e-4
     torch.testing.assert_close(
-        model.readers["unet"]("a <cat> b", "", 32, 32)[0].conditioning.tokens,
+        model.readers["unet"](Text("a <cat> b", "", 32, 32, Reading()))[0].conditioning.tokens,
         pipeline_of(sd1_folder).encode_prompt("a <cat> b", "cpu", 1, False)[0],
         atol=1e-5,
         rtol=0,
@@ -210,7 +211,7 @@ def test_an_embedding_of_sdxl_makes_the_conditioning_of_diffusers(sdxl_folder: P
     pipeline.load_textual_inversion(tensors["clip_l"], token="dog", text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer)
     pipeline.load_textual_inversion(tensors["clip_g"], token="dog", text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2)
     tokens, _, pooled, _ = pipeline.encode_prompt("a dog.", device="cpu", do_classifier_free_guidance=False)
-    got = model.readers["unet"]("a dog.", "", 32, 32)[0].conditioning
+    got = model.readers["unet"](Text("a dog.", "", 32, 32, Reading()))[0].conditioning
     torch.testing.assert_close(got.tokens, tokens, atol=1e-5, rtol=0)
     torch.testing.assert_close(got.pooled, pooled, atol=1e-5, rtol=0)
 
@@ -239,7 +240,7 @@ def test_words_stand_where_they_are_written(sd1_folder: Path, tmp_path: Path):
     plain = model.readers["unet"]
 
     def tokens(reader: Any, text: str) -> Tensor:
-        return reader(text, "", 32, 32)[0].conditioning.tokens
+        return reader(Text(text, "", 32, 32, Reading()))[0].conditioning.tokens
 
     assert torch.equal(tokens(read, "a Cat"), tokens(read, "a cat"))
     assert torch.equal(tokens(read, "cats"), tokens(plain, "cats"))
