@@ -16,6 +16,7 @@ from tu_diffuse.pipeline.inputs import examined, fitted, located, pixels_of
 from tu_diffuse.pipeline.loading import Model, load_model
 from tu_diffuse.pipeline.request import resolve, rounds, steps_of
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
+from tu_diffuse.text_encoders.prompts import Reading, Text
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -118,7 +119,7 @@ def _around(model: Model, tile: str | None, latents: torch.Tensor, told: Conditi
 def test_tiling_has_no_edge_and_leaves_nothing_behind(request: pytest.FixtureRequest, folder: str, axes: str):
     """A network that sees no edge commutes with rolling the picture, by steps that its strides divide."""
     model = load_model(open_folder(request.getfixturevalue(folder)), dtype="float32", device="cpu")
-    told = next(iter(model.readers.values()))("a", "", 32, 32)[0].conditioning
+    told = next(iter(model.readers.values()))(Text("a", "", 32, 32, Reading()))[0].conditioning
     latents = torch.randn(1, model.folder.channels, 16, 16, generator=torch.Generator().manual_seed(0))
     before = _around(model, None, latents, told)
     plain = _around(model, axes, latents, told)
