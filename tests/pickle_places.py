@@ -52,9 +52,9 @@ def _index(scene: Scene, data: bytes, name: str) -> None:
 
 
 def _whole_model(scene: Scene, data: bytes, name: str) -> None:
-    """The model is a file."""
-    scene.model.rename(scene.root / "moved")
-    put(scene.model if name == "" else scene.model / name, data)
+    """The model is a file, or a folder that holds one file."""
+    scene.model.rename(scene.root / "elsewhere")
+    put(scene.root / name, data)
 
 
 def _beside(scene: Scene, data: bytes) -> None:
@@ -166,9 +166,13 @@ PLACES: dict[str, Place] = {
     **{f"as {name}": Place(partial(_as, there=name), MODEL, ("generate", "info")) for name in _JSON},
     **{f"as {name}": Place(partial(_as, there=name), MODEL, ("generate",)) for name in _TOKENIZERS},
     "as tokenizer_2/spiece.model": Place(partial(_instead, there="tokenizer_2/tokenizer.json", name="spiece.model"), MODEL, ("generate",)),
-    "the model is a pickle": Place(partial(_whole_model, name=""), MODEL),
-    "the model is a folder of a .ckpt": Place(partial(_whole_model, name="model.ckpt"), MODEL, ("generate", "info")),
-    "the model is a folder of a renamed .safetensors": Place(partial(_whole_model, name="model.safetensors"), MODEL, ("generate", "info")),
+    "the model is a pickle": Place(partial(_whole_model, name="model"), MODEL),
+    **{
+        f"the model is a single .{suffix}": Place(partial(_whole_model, name=f"model.{suffix}"), MODEL, ("generate", "info", "models convert"))
+        for suffix in (*SUFFIXES, "safetensors")
+    },
+    "the model is a folder of a .ckpt": Place(partial(_whole_model, name="model/model.ckpt"), MODEL, ("generate", "info")),
+    "the model is a folder of a renamed .safetensors": Place(partial(_whole_model, name="model/model.safetensors"), MODEL, ("generate", "info")),
     "the shard is a pickle": Place(lambda s, d: put(s.shard, d), READERS, ("shards check",)),
     "members named as pickles": Place(partial(_members, suffixes=(*SUFFIXES, "pyd", "jpg.pkl")), READERS, harmless=True),
     "members named as pictures, texts, JSON": Place(partial(_members, suffixes=("png", "jpg", "txt", "json")), READERS, ("shards check",)),

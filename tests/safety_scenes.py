@@ -27,7 +27,8 @@ class Scene:
 
     @property
     def model(self) -> Path:
-        return self.root / "model"
+        """A folder; in some cases a single file."""
+        return next(self.root.glob("model*"))
 
     @property
     def shard(self) -> Path:
@@ -101,6 +102,7 @@ MODEL: Commands = {
     "info": lambda s: ["info", s.model],
     "models info": lambda s: ["models", "info", s.model],
     "models verify": lambda s: ["models", "verify", s.model],
+    "models convert": lambda s: ["models", "convert", s.model, "--out", s.out],
     "finetune": lambda s: ["finetune", "--shards", s.shard, "--model", s.model, "--out", s.out, *FINETUNE],
     "finetune, resumed": lambda s: ["finetune", "--shards", s.shard, "--model", s.model, "--out", s.tuned, *FINETUNE],
     "average": lambda s: ["average", s.tuned, "--model", s.model, "--sigma-rel", "0.05", "--out", s.out],
@@ -140,7 +142,7 @@ EVERY = MODEL | SHARDS | PICTURE | PICTURES | LORA | EMBEDDING | SCORES
 def make_scene(root: Path, ensemble: Path) -> Scene:
     """An ensemble with two experts that are deltas of a third, and what each command made with it; the run of training can go on."""
     scene = Scene(root)
-    fork(open_folder(ensemble), [5.0], scene.model, expert="high")
+    fork(open_folder(ensemble), [5.0], root / "model", expert="high")
     write(scene.shard, members_of(12))
     scene.prompts.write_text('{"prompt": "a", "seed": 1, "steps": 1}\n{"prompt": "b", "seed": 2, "steps": 1}\n')
     model = ["--model", str(scene.model)]

@@ -28,6 +28,8 @@ def test_headers(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str
         code, said = ends(whole, tmp_path / str(number), lambda model: put(model / "vae" / WEIGHTS, HEADERS[name]), command, capsys)
         assert code in (3, 4), said
         assert "vae" in said
+    assert run(["info", str(put(tmp_path / "model.safetensors", HEADERS[name]))]) in (3, 4)
+    assert "with --debug" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [name if number % 3 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(HEADERS)])
