@@ -392,7 +392,7 @@ def _only_variant(folder: Path, stem: str) -> str | None:
     matches = [match for p in folder.glob(f"{stem}.*") for pattern in patterns if (match := re.fullmatch(pattern, p.name))]
     variants = sorted({match.group(1) for match in matches})
     if len(variants) > 1:
-        raise ModelError(f"{folder} holds only variants of its weights ({', '.join(variants)}); choose one.")
+        raise ModelError(f"{folder} holds only variants of its weights ({', '.join(variants)}); keep one of them.")
     return variants[0] if variants else None
 
 

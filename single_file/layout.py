@@ -31,6 +31,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_pre
 """What a user or `modelspec.prediction_type` may say -> what a scheduler config says."""
 OPEN_CLIP_LAYERS = 23  # of the 24 of ViT-H that Stable Diffusion 2 uses
 HEAD, GROUPS = 64, 32
+MAX_BLOCKS = 64  # of one kind in a network; SDXL has 32 layers of text
 _DECOYS = {
     "a LoRA file": r"lora_(unet|te\d?)_|.*\.lora_(A|B|up|down)\b|.*\.lora\.(up|down)\b",
     "a ControlNet": r"control_model\.|controlnet_cond_embedding\.|input_hint_block\.",
@@ -295,5 +296,12 @@ def _below(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tupl
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers the pattern's group has at the beginnings of names."""
-    return len({found[1] for name in names if (found := re.match(pattern, name))})
+    """How many different numbers the pattern's group has at the beginnings of names.
+
+    Raises:
+        ValueError: more than any checkpoint has.
+    """
+    numbers = {found[1] for name in names if (found := re.match(pattern, name))}
+    if len(numbers) > MAX_BLOCKS:
+        raise ValueError(f"{len(numbers)} blocks")
+    return len(numbers)

@@ -210,6 +210,17 @@ def test_what_training_leaves_behind_is_not_in_the_way():
     assert read(sd1 | more).components == read(sd1).components
 
 
+def test_more_blocks_than_any_network_has():
+    sd1 = published("sd1")
+    for name in (
+        "model.diffusion_model.input_blocks.{}.0.op.weight",
+        "first_stage_model.encoder.down.{}.x",
+        "first_stage_model.encoder.down.0.block.{}.x",
+    ):
+        with pytest.raises(ModelError, match="tensors of other shapes"):
+            read(sd1 | some(*(name.format(number) for number in range(9000))))
+
+
 def test_damaged_headers():
     for entry in ({}, {"shape": None}, {"shape": ["a"]}):
         with pytest.raises(ModelError, match="damaged safetensors header"):
