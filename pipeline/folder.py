@@ -184,7 +184,7 @@ def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelF
         raise UsageError("--prediction-type is for single-file checkpoints; a model folder says in scheduler/scheduler_config.json what it predicts.")
     if not folder.is_dir():
         named = "this installation has no embedded model" if path is None else f"model folder {str(path)!r} is not there"
-        raise UsageError(f"{named}; give a diffusers folder with --model.")
+        raise UsageError(f"{named}; give a diffusers folder or a .safetensors file with --model.")
     if not (folder / "model_index.json").is_file():
         _refuse_pickles(folder)
         raise ModelError(f"{folder.name!r} holds no model_index.json; a folder that diffusers' save_pretrained or tu-diffuse wrote was wanted.")

@@ -9,7 +9,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", "leading", {"timestep_spacing": "leading"}),
     "euler_a": ("EulerAncestralDiscreteScheduler", "trailing", {"timestep_spacing": "trailing"}),
     "heun": ("HeunDiscreteScheduler", "linspace", {}),
-    "ddim": ("DDIMScheduler", "leading", {"clip_sample": False, "set_alpha_to_one": True}),
+    "ddim": ("DDIMScheduler", "leading", {"clip_sample": False}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", "linspace", {}),
     "unipc": ("UniPCMultistepScheduler", "linspace", {}),
     "lcm": ("LCMScheduler", "lcm", {"clip_sample": False}),
@@ -84,7 +84,7 @@ def _one_model(family: str, folder: Path, prediction: str) -> Iterator[Row]:
 
     pipeline, model = _pipeline(folder), load_model(open_folder(folder), dtype="float32", device="cpu")
     for sampler in SAMPLERS:
-        _use(pipeline, sampler, prediction)
+        _use(pipeline, sampler, model)
         wanted = pipeline(PROMPT, negative_prompt=NEGATIVE, generator=torch.Generator().manual_seed(SEED), **_asked()).images
         yield _row(family, prediction, sampler, model, pipeline, wanted)
 
@@ -102,7 +102,7 @@ def _base_and_refiner(base: Path, refiner: Path, prediction: str) -> Iterator[Ro
     first, second = _pipeline(base), _pipeline(refiner)
     for sampler in BORDERS:
         for pipeline in (first, second):
-            _use(pipeline, sampler, prediction)
+            _use(pipeline, sampler, model)
         common = {"negative_prompt": NEGATIVE, **_asked()}
         latents = first(PROMPT, denoising_end=SHARE, generator=torch.Generator().manual_seed(SEED), **common).images
         del common["width"], common["height"]
@@ -118,12 +118,16 @@ def _pipeline(folder: Path) -> Any:
     return pipeline
 
 
-def _use(pipeline: Any, sampler: str, prediction: str) -> None:
+def _use(pipeline: Any, sampler: str, model: Any) -> None:
+    """Give a pipeline the scheduler of a sampler, for the model's noise schedule."""
     import diffusers
     from real_layouts import NOISE
 
     scheduler, _, settings = SAMPLERS[sampler]
-    pipeline.scheduler = getattr(diffusers, scheduler)(**NOISE, **settings, prediction_type=prediction)
+    noise = model.folder.noise
+    if sampler == "ddim":  # where a run ends is the folder's to say
+        settings = settings | {"set_alpha_to_one": "alpha" not in noise.ends_at_sigma_min}
+    pipeline.scheduler = getattr(diffusers, scheduler)(**NOISE, **settings, prediction_type=noise.prediction_type)
 
 
 def _asked() -> dict[str, Any]:
@@ -132,20 +136,35 @@ def _asked() -> dict[str, Any]:
     return {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent", "width": SIDE, "height": SIDE}
 
 
+class _Listening:
+    """A codec that remembers the latents that it is given."""
+
+    def __init__(self, codec: Any, heard: list[Tensor]) -> None:
+        self.codec, self.heard = codec, heard
+
+    def tiled(self, axes: str | None) -> Any:
+        """As the codec does."""
+        return _Listening(self.codec.tiled(axes), self.heard)
+
+    def decode(self, latents: Tensor) -> Any:
+        """As the codec does."""
+        self.heard.append(latents)
+        return self.codec.decode(latents)
+
+
 @torch.no_grad()
 def _row(name: str, prediction: str, sampler: str, model: Any, pipeline: Any, wanted: Tensor) -> Row:
     from real_layouts import SIDE
     from tu_diffuse.pipeline.request import resolve
-    from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
+    from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 
     settings: dict[str, Any] = {"sampler": sampler, "schedule": SAMPLERS[sampler][1], "steps": STEPS, "guidance": GUIDANCE}
     request = resolve(model.folder, PROMPT, [SEED], negative=NEGATIVE, width=SIDE, height=SIDE, **settings)
-    events = list(text_to_image(model, request))
-    latents = [event.x0 for event in events if isinstance(event, Progress)][-1]
-    [ours] = [event.pixels for event in events if isinstance(event, Picture)]
+    heard: list[Tensor] = []
+    [ours] = [event.pixels for event in text_to_image(replace(model, codec=_Listening(model.codec, heard)), request) if isinstance(event, Picture)]
     decoded = pipeline.image_processor.postprocess(pipeline.vae.decode(wanted / pipeline.vae.config.scaling_factor).sample, output_type="pt")[0]
     theirs = (decoded.permute(1, 2, 0) * 255).round()
-    difference = float((latents - wanted).abs().max())
+    difference = float((torch.cat(heard) - wanted).abs().max())
     return Row(name, prediction, sampler, difference, int((ours.float() - theirs).abs().max()), float(wanted.abs().max()))
 
 

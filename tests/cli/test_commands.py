@@ -273,7 +273,7 @@ def _no_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "code", "said"),
     [
-        (_no_folder, 2, "is not there; give a diffusers folder with --model"),
+        (_no_folder, 2, "is not there; give a diffusers folder or a .safetensors file with --model"),
         (_no_index, 4, "no model_index.json"),
         (_pickle_only, 3, "pickle"),
         (_pickled_text_encoder, 3, "pickle"),

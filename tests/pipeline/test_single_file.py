@@ -213,3 +213,23 @@ def test_a_folder_refuses_the_option(checkpoint: Checkpoint, capsys: pytest.Capt
     folder, _ = checkpoint("sd1")
     assert run(["generate", "a", "--model", str(folder), "--prediction-type", "v"]) == 2
     assert "is for single-file checkpoints" in capsys.readouterr().err
+
+
+def test_an_inpainting_file(checkpoint: Checkpoint, tmp_path: Path):
+    """Nine input channels, those of mask and masked picture without effect: it repaints as the file that it was made from."""
+    _, file = checkpoint("sd1")
+    weight = load_file(file)["model.diffusion_model.input_blocks.0.0.weight"]
+    wide = torch.cat([weight, torch.zeros(len(weight), 5, 3, 3)], dim=1)
+    nine = altered(file, tmp_path / "nine.safetensors", None, **{"model.diffusion_model.input_blocks.0.0.weight": wide})
+    model = open_folder(nine)
+    assert (model.inpaints, model.channels) == (True, 4)
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "picture.png")
+    Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
+    asked = ["--steps", "4", "--width", "32", "--height", "32", "--seed", "3", "--strength", "0.75", "--device", "cpu"]
+    asked += ["--init-image", str(tmp_path / "picture.png"), "--mask", str(tmp_path / "mask.png")]
+    pixels: list[bytes] = []
+    for number, path in enumerate((nine, file)):
+        assert run(["generate", "a star", "--model", str(path), *asked, "--out", str(tmp_path / f"{number}.png")]) == 0
+        with Image.open(tmp_path / f"{number}.png") as picture:
+            pixels.append(picture.tobytes())
+    assert pixels[0] == pixels[1]
