@@ -58,7 +58,7 @@ def main() -> None:
         for row in compare(Path(work), options.family):
             print(f"{row.model} {row.prediction} {row.sampler}: {row.latents:.1e} of {row.size:.1f}, {row.pixels}/255", flush=True)
             rows.append(row)
-    bad = [row for row in rows if row.latents > LATENTS or row.pixels > PIXELS or row.size < 0.1]
+    bad = [row for row in rows if row.latents > LATENTS or row.pixels > PIXELS or row.size < 0.05]
     if options.family is None:
         options.out.write_text(page(rows), encoding="utf-8")
     sys.exit(f"{len(bad)} of {len(rows)} are apart: {bad}" if bad or not rows else 0)
