@@ -22,7 +22,8 @@ def average(
 ) -> None:
     """Make a model with another averaging length out of a fine-tuning run, after it was trained (post-hoc EMA).
 
-    --model is the model that the run began from. The result is an ordinary model folder; adapters are averaged and added to the model's weights.
+    --model is the model that the run began from. The result is an ordinary model folder. Adapters are averaged, added to the model's weights, and
+    written beside the folder as a LoRA file too (FOLDER-pytorch_lora_weights.safetensors).
     A width that the run's snapshots do not reproduce within 10% is refused: with 32 of them, evenly spaced, 0.015 to 0.27 are possible, with 4 of
     them 0.04 to 0.145.
 
@@ -33,14 +34,20 @@ def average(
       tu-diffuse average tuned --model my-sd15 --sigma-rel 0.07 --out cats-0.07
 
     With --json one line: path, step, sigma_rel, snapshots (how many files it was made of), distance (of the profile made from the exact one, as a
-    share).
+    share), lora (the LoRA files).
     """
     del debug  # read in main.py
     from ..training.averaging import average_run
 
     made = average_run(run, open_unpacked(model, prediction_type), sigma_rel, out, step)
     if as_json:
-        facts = {"step": made.profile.step, "sigma_rel": made.profile.width, "snapshots": made.snapshots, "distance": made.distance}
+        facts = {
+            "step": made.profile.step,
+            "sigma_rel": made.profile.width,
+            "snapshots": made.snapshots,
+            "distance": made.distance,
+            "lora": [str(path) for path in made.lora],
+        }
         print(json.dumps({"path": str(out), **facts}))
     else:
         typer.echo(f"step {made.profile.step}, from {made.snapshots} snapshots, profile exact to {made.distance:.2g}", err=True)

@@ -22,6 +22,7 @@ from .shard_options import AestheticVersion, Aspect, Language, MaxUnsafe, MaxWat
 if TYPE_CHECKING:
     from ..training.finetune import Plan
     from ..training.tracking import Event
+    from ..training.workers import Workers
 
 _NOT_OPTIONS = ("out", "config", "model", "prediction_type", "dry_run", "device", "as_json", "debug")
 
@@ -78,6 +79,10 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Less memory: the U-Net's activations are computed again on the way back.")
     ] = None,
+    sharded: Annotated[
+        bool | None,
+        typer.Option("--sharded", help="Share weights, gradients, optimizer and averages among the processes (FSDP) instead of a copy in each."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read and decode; no effect on the result. [default: 2]")] = None,
     skip_damaged: Annotated[bool | None, typer.Option("--skip-damaged", help="Leave damaged samples out, up to 1%.")] = None,
     preset: Preset = None,
@@ -119,6 +124,8 @@ def finetune(
 
       accelerate launch --num-processes 2 -m tu_diffuse finetune --config run.toml --out tuned
 
+      torchrun --nproc-per-node 2 -m tu_diffuse finetune --config run.toml --out tuned --sharded
+
     With --json each line has an event: plan (model, samples, held_out, encoding, steps, skipped, filtered, options), step (step, steps, scalars,
     images_per_second, seconds_left), validation (step, losses, pictures by prompt), note (text), done (model). The scalars are those of
     OUT/checkpoints/losses.jsonl: loss, loss/t0-99 and so on (plain squared error by noise level), loss/expert/NAME and grad_norm, means since the
@@ -141,10 +148,12 @@ def finetune(
     from ..training.finetune import make_plan
     from ..training.loop import InterruptedRunError
     from ..training.optimizers import check_optimizer
+    from ..training.sharding import asked_by_launcher
     from ..training.tracking import check_trackers
     from ..training.workers import joined_workers
 
-    options = make_config({**({} if config is None else read_toml(config)), **{name: value for name, value in given.items() if value is not None}})
+    values = {**({} if config is None else read_toml(config)), **{name: value for name, value in given.items() if value is not None}}
+    options = make_config(values | ({"sharded": True} if asked_by_launcher(values.get("precision", "float32")) else {}))
     check_optimizer(options.optimizer)
     check_trackers(options.track)
     folder, place = open_unpacked(model, prediction_type), choose_device(device)
@@ -155,11 +164,11 @@ def finetune(
     check_filters(filters, [sample.columns for sample in index.samples])
     reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
     plan = make_plan(options, folder, index, [i for i, reason in enumerate(reasons) if reason is None])
-    with joined_workers() as processes:
+    with joined_workers(place) as processes:
         reporter = _Reporter(as_json, options.batch_size * options.accumulate, processes.writes)
         reporter.plan(plan, Counter(reason for reason in reasons if reason is not None))
         if dry_run:
-            reporter.say(_measured(plan, out, place))
+            reporter.say(_measured(plan, processes, place))
             return
         stopped_by: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -288,21 +297,28 @@ def _drawer(plan: "Plan", out: Path, device: Any) -> Any:
     return draw
 
 
-def _measured(plan: "Plan", out: Path, device: Any) -> str:
-    """Time and memory that the run will take, from two real steps in a temporary folder."""
+def _measured(plan: "Plan", processes: "Workers", device: Any) -> str:
+    """Time and memory that the run will take, from two real steps in a temporary folder; memory of this process alone."""
     import resource
     import tempfile
 
     from ..training.finetune import finetune as run
     from ..training.loop import Logged
 
-    del out
     idle: dict[str, Any] = {"validation_share": 0.0, "prompts": (), "track": (), "resume": False}
     short = dataclasses.replace(plan.config, steps=2, warmup=0, cooldown=None, lr_schedule=None, **idle)
     two = dataclasses.replace(plan, config=short)
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        run(two, Path(folder) / "run", lambda event: seconds.append(event.seconds_a_step) if isinstance(event, Logged) else None, device=device)
+        run(
+            two,
+            Path(folder) / "run",
+            lambda event: seconds.append(event.seconds_a_step) if isinstance(event, Logged) else None,
+            workers=processes,
+            device=device,
+        )
+    if not processes.writes:
+        return ""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     whole = time.strftime("%H:%M:%S", time.gmtime(seconds[-1] * plan.config.steps))
     return f"expected: {seconds[-1]:.2f} s a step, {whole} in all, {peak:.0f} MiB of memory; nothing was written"

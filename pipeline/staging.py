@@ -21,8 +21,7 @@ def staged_folder(out: Path) -> Generator[Path]:
         UsageError: `out` exists.
         OutputError: it could not be written.
     """
-    if os.path.lexists(out):
-        raise UsageError(f"--out {out.name!r} exists and is never overwritten; give another name, or remove it first.")
+    absent(out)
     staged = out.with_name(f".{out.name}.{os.getpid()}.staged")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +37,17 @@ def staged_folder(out: Path) -> Generator[Path]:
         raise OutputError(f"--out {out.name!r} cannot be written ({error}); free space or give another place.") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def absent(out: Path) -> Path:
+    """The path, at which nothing is.
+
+    Raises:
+        UsageError: something is.
+    """
+    if os.path.lexists(out):
+        raise UsageError(f"--out {out.name!r} exists and is never overwritten; give another name, or remove it first.")
+    return out
 
 
 def remove_staged(folder: Path) -> None:

@@ -11,10 +11,11 @@ from ..attention import AttentionBackend
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import Place, load_conditioner, load_t5_residual, load_text
+from ..pipeline.staging import absent, write_file
 from ..unet.experts import ExpertText
 from .config import FinetuneConfig, make_config
 from .posthoc import Profile, exponent, find_snapshots, reconstruct, shares_of
-from .result import write_result
+from .result import lora_files, write_result
 from .sources import text_networks
 from .subject import load_subject, read_as, trained_networks
 from .terminal_snr import with_zero_terminal_snr
@@ -30,21 +31,23 @@ class Averaged:
         profile: the step it ends at and its relative width.
         snapshots: how many stored averages it was made of.
         distance: of its profile from the exact one, relative.
+        lora: the LoRA files.
     """
 
     profile: Profile
     snapshots: int
     distance: float
+    lora: tuple[Path, ...]
 
 
 def average_run(run: Path, folder: ModelFolder, width: float, out: Path, step: int | None = None) -> Averaged:
-    """Write the model that a run would have with its weights averaged over another length; see `posthoc`.
+    """Write the model that a run would have with its weights averaged over another length (see `posthoc`), and beside it a LoRA run's LoRA files.
 
     Args:
         run: folder of a run with --ema-posthoc; it need not have ended.
         folder: the model that it began from.
         width: σ_rel, about the share of the run over which is averaged.
-        out: the new model folder.
+        out: the new model folder; the names of LoRA files begin with its name.
         step: which the average ends at, one with a snapshot; None is the last.
 
     Raises:
@@ -53,6 +56,7 @@ def average_run(run: Path, folder: ModelFolder, width: float, out: Path, step: i
         OutputError: `out` could not be written.
     """
     exponent(width)
+    absent(out)
     found = find_snapshots(run / "checkpoints" / "averages")
     if not found:
         raise UsageError(f"{run.name!r} has no snapshots of averages; give the --out of a run of tu-diffuse finetune with --ema-posthoc.")
@@ -77,8 +81,11 @@ def average_run(run: Path, folder: ModelFolder, width: float, out: Path, step: i
     networks = trained_networks(load_subject(model, config.expert, device), _readers(reading, text, config), config)
     start = {name: parameter for name, parameter in networks.named_parameters() if parameter.requires_grad}
     weights = {**networks.state_dict(), **reconstruct(used, shares, start)}
-    write_result(config, model, weights, None, out)
-    return Averaged(wanted, len(used), distance)
+    files = {absent(out.with_name(f"{out.name}-{name}")): write for name, write in lora_files(config, model, weights).items()}
+    write_result(config, model, weights, out)
+    for path, write in files.items():
+        write_file(path, write)
+    return Averaged(wanted, len(used), distance, tuple(files))
 
 
 def _readers(reading: ModelFolder, text: ExpertText | None, config: FinetuneConfig) -> Mapping[str, nn.Module]:

@@ -48,6 +48,7 @@ class FinetuneConfig:
         max_grad_norm: longer gradients are scaled down to it.
         precision: of the U-Net's arithmetic; weights stay float32, and with float16 the loss is scaled.
         gradient_checkpointing: compute the U-Net's activations again on the way back instead of keeping them.
+        sharded: share the networks that are trained among the processes, see `sharding.shard`; else each has them whole.
         workers: threads that read and decode.
         skip_damaged: leave damaged samples out (up to 1%).
         filter: preset of `filters.PRESETS`; the nine options after it are the attributes of `filters.Filters`, `aspect` as "low,high".
@@ -90,6 +91,7 @@ class FinetuneConfig:
     max_grad_norm: float = 1.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
+    sharded: bool = False
     workers: int = 2
     skip_damaged: bool = False
     filter: str | None = None
@@ -226,6 +228,10 @@ def _check(config: FinetuneConfig) -> None:
         raise UsageError("--lora-alpha has no meaning without --lora; give a rank with --lora, or leave it out.")
     if config.lora is None and config.format != "diffusers":
         raise UsageError(f"--format {config.format} is the layout of a LoRA file; give a rank with --lora, or leave it out.")
+    if config.sharded and config.optimizer != "adamw":
+        raise UsageError(
+            f"--sharded works with adamw, not with --optimizer {config.optimizer}, whose steps need whole weights; leave one of them out."
+        )
     if config.validate_every is not None and not config.prompts and config.validation_share == 0:
         raise UsageError("--validate-every has nothing to do; give --prompts to draw or a --validation-share of the samples.")
 

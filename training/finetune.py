@@ -31,8 +31,9 @@ from .encoded import encoded_bucket, open_source, stored_encoding
 from .loop import generator_for, train
 from .memory import recompute_activations
 from .objective import Draw, Objective, denoising_loss, draw
-from .result import write_result
+from .result import lora_files, write_result
 from .run_report import picture_name, write_report
+from .sharding import shard, whole
 from .sources import Source
 from .subject import Subject, load_subject, predictor, read_as, trained_networks
 from .tallies import noise_bins
@@ -42,7 +43,7 @@ from .train_config import TrainConfig
 from .workers import ALONE, Workers
 
 _TIMING = ("steps", "lr_schedule", "cooldown", "save_every")  # `train` itself compares these
-_NOT_IDENTITY = (*_TIMING, "workers", "when_full", "validate_every", "prompts", "threads", "shards", "track", "resume")
+_NOT_IDENTITY = (*_TIMING, "workers", "when_full", "validate_every", "prompts", "threads", "shards", "track", "resume", "sharded")
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the trained timesteps, at which the validation loss is measured
 
 
@@ -142,6 +143,10 @@ def finetune(
     config, where = plan.config, torch.device("cpu") if device is None else device
     if config.batch_size % workers.count:
         raise UsageError(f"--batch-size {config.batch_size} cannot be shared equally by {workers.count} processes; take a multiple of that.")
+    if config.sharded and workers.count == 1:
+        raise UsageError(
+            "--sharded shares the model among processes, and this is the only one; start several with accelerate launch, or leave it out."
+        )
     if (out / "model").exists():
         if not _is_finished(plan, out):
             raise UsageError(f"{out.name!r} holds a finished run with other options; give another --out.")
@@ -156,6 +161,8 @@ def finetune(
     networks = trained_networks(subject, source.networks, config)
     if config.gradient_checkpointing:
         recompute_activations(subject.unets)
+    if config.sharded:
+        shard(networks, where)
     if config.expert is not None and config.train != "unet" and len(plan.folder.experts) > 1:
         report(f"the text parts that are trained with {config.expert!r} change what all experts of {plan.folder.name!r} read")
     first, end = subject.span
@@ -211,8 +218,11 @@ def finetune(
             should_stop=should_stop,
             observe=_observer(plan, subject, networks, source, objective, out, tell, workers, draw_prompts),
         )
+    weights = whole(trained.state_dict(), workers.writes)
     if workers.writes:
-        write_result(config, plan.folder, dict(trained.state_dict()), out, out / "model")
+        for name, write in lora_files(config, plan.folder, weights).items():  # before the folder, which says that the run is finished
+            write_file(out / name, write)
+        write_result(config, plan.folder, weights, out / "model")
     return out / "model"
 
 
@@ -252,10 +262,12 @@ def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, 
         generator = generator_for(config.seed, step)
         posteriors = [generator_for(config.seed, (step + 1) * (1 << 20) + number) for number, _ in samples]
         batch = source.batch([row for _, row in samples], posteriors)
-        drawn = draw(objective, (config.batch_size, *batch.latents.shape[1:]), generator).rows(workers.rows)
+        for_all = draw(objective, (config.batch_size, *batch.latents.shape[1:]), generator)
+        drawn = for_all.rows(workers.rows)
         said = batch.said(drawn)
+        predict = predictor(subject, lambda _: said, for_all.t if config.sharded else None)
         with torch.autocast(subject.device.type, precision, enabled=precision is not torch.float32):
-            return denoising_loss(predictor(subject, lambda _: said), objective, batch.latents, _on(drawn, subject.device))
+            return denoising_loss(predict, objective, batch.latents, _on(drawn, subject.device))
 
     return loss_at
 
@@ -313,12 +325,10 @@ def _observer(
 
     def observe(step: int, weights: Mapping[str, Tensor]) -> None:
         due = step == config.steps or (config.validate_every is not None and step % config.validate_every == 0)
-        if not workers.writes or not due:
+        if not due or not (workers.writes or config.sharded):
             return
         losses: dict[str, float] = {}
         pictures: dict[str, Path] = {}
-        if plan.held_out or config.prompts:
-            folder.mkdir(exist_ok=True)
         if plan.held_out:
             now = {name: tensor.detach().clone() for name, tensor in networks.state_dict().items() if name in weights}
             networks.load_state_dict(dict(weights), strict=False)
@@ -326,6 +336,12 @@ def _observer(
             losses = validation_loss(plan, subject, source, objective)
             networks.train()
             networks.load_state_dict(now, strict=False)
+        drawn_with = whole({**networks.state_dict(), **weights}, workers.writes) if config.prompts else {}
+        if not workers.writes:
+            return
+        if losses or config.prompts:
+            folder.mkdir(exist_ok=True)
+        if losses:
             path = folder / "validation.jsonl"
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] if path.exists() else []
             text = "".join(f"{line}\n" for line in [*lines, json.dumps({"step": step, **losses})])
@@ -333,7 +349,7 @@ def _observer(
         if draw_prompts is not None and config.prompts:
             draft = folder / f".model.{os.getpid()}.staged"
             try:
-                write_result(config, plan.folder, {**networks.state_dict(), **weights}, None, draft)
+                write_result(config, plan.folder, drawn_with, draft)
                 draw_prompts(draft, step)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)

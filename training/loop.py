@@ -23,6 +23,7 @@ from .checkpoints import Checkpoint, load_newest, save
 from .optimizers import make_optimizer, optimizer_state, restore_optimizer
 from .posthoc import drop_snapshots_after, power_averages, update_power_averages, write_snapshots
 from .saving import save_or_wait, wait_for_room
+from .sharding import all_like, is_shared, number, optimizer_like, part, whole
 from .tallies import Tally, add, means, pairs_of
 from .train_config import TrainConfig, check_same_run
 from .workers import ALONE, Workers
@@ -91,7 +92,7 @@ def train(
     """Train `model` in place until `config.steps`, continuing from the newest whole checkpoint in `folder` when there is one.
 
     Args:
-        model: holds every parameter to be trained, float32.
+        model: holds every parameter to be trained, float32; it may be shared among the workers (`sharding.shard`).
         loss_at: computes the loss of a micro-step with `model`; step · accumulate + k is the k-th of a step.
         config: how to optimise.
         folder: receives checkpoints, `losses.jsonl`, and in `averages` the snapshots of `posthoc`.
@@ -100,11 +101,11 @@ def train(
         identity: what else makes this run the one that it is (data, model), JSON-compatible; a checkpoint of another is refused.
         resume: a run without a checkpoint is refused instead of begun.
         should_stop: asked after every step.
-        observe: called after every step with the number of steps taken and the trained weights that a result would have; on a resume also for the
-            step of the checkpoint, since the run may have been killed before it was called.
+        observe: called after every step, by all workers, with the number of steps taken and the trained weights that a result would have; on a resume
+            also for the step of the checkpoint, since the run may have been killed before it was called.
 
     Returns:
-        A copy of `model` that holds the exponential moving average of its weights (the last weights with ema_decay None).
+        A copy of `model`, or itself when it is shared, that holds the exponential moving average of its weights (the last ones with ema_decay None).
 
     Raises:
         UsageError: the checkpoints in `folder` are of another run, or with `resume` there is none.
@@ -119,7 +120,7 @@ def train(
     described = {**asdict(config), "betas": list(config.betas), "identity": dict(identity or {})}
     average = {} if config.ema_decay is None else {name: p.detach().clone() for name, p in parameters.items()}
     powers = {} if config.snapshot_every is None else power_averages(parameters)
-    start = {} if config.snapshot_every is None else {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+    start = {} if config.snapshot_every is None else {name: p.to("cpu", copy=True) for name, p in whole(parameters, workers.writes).items()}
     first, tally = 0, Tally()
     found = load_newest(folder, report if workers.writes else None)
     if found is None and resume:
@@ -127,20 +128,21 @@ def train(
     if found is not None:
         check_same_run(found, config, described)
         first, tally = found.step, dict(found.tally)
-        model.load_state_dict(found.model, strict=False)
-        average = {name: found.average[name].to(tensor.device) for name, tensor in average.items()}
-        powers = {name: found.power_averages[name].to(tensor.device) for name, tensor in powers.items()}
-        restore_optimizer(optimizer, parameters, found.optimizer, found.numbers)
+        model.load_state_dict(all_like(found.model, parameters), strict=False)
+        average = all_like(found.average, average)
+        powers = all_like(found.power_averages, powers)
+        restore_optimizer(optimizer, parameters, optimizer_like(found.optimizer, parameters), found.numbers)
         scaler.load_state_dict(found.scaler)
         if workers.writes:
             report(f"goes on from the checkpoint of step {first}")
+    del found  # which holds whole tensors
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "losses.jsonl"
     if workers.writes:
         keep_log_until(log, first)
         drop_snapshots_after(folder / "averages", first)
         wait_for_room(folder, parameters, average | powers, first, config, report)
-    if found is not None:
+    if first:
         observe(first, average or parameters)
     times: list[float] = []
     bad, saved = 0, first
@@ -158,7 +160,7 @@ def train(
         stop = torch.tensor([float(should_stop())], device=told[0].device)
         *averaged, stopping = workers.average(parameters.values(), torch.cat([torch.stack(told).sum(0).flatten(), stop])).tolist()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm).item()
+        norm = number(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
         loss = averaged[2 * names.index("loss")] / config.accumulate
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
@@ -187,18 +189,23 @@ def train(
             report(Logged(step + 1, config.steps, line, sum(times) / len(times)))
             tally.clear()
             times.clear()
-        if workers.writes and config.snapshot_due(step + 1):
-            save_or_wait(partial(write_snapshots, folder / "averages", powers, start, step + 1, described), step + 1, config, report)
+        if config.snapshot_due(step + 1):
+            averages_now = whole(powers, workers.writes)
+            if workers.writes:
+                save_or_wait(partial(write_snapshots, folder / "averages", averages_now, start, step + 1, described), step + 1, config, report)
+            del averages_now
         last = step + 1 == config.steps or stopping > 0
         if last or (step + 1) % config.save_every == 0:
             saved = step + 1
+            moments, numbers = optimizer_state(optimizer, parameters)
+            tensors = [whole(named, workers.writes) for named in (parameters, average, powers, moments)]
             if workers.writes:
                 if log.exists():
                     sync(log)  # no checkpoint is on the disk before the lines up to its step are
-                weights = {name: p.detach() for name, p in parameters.items()}
-                tensors, numbers = optimizer_state(optimizer, parameters)
-                state = Checkpoint(saved, weights, average, powers, tensors, numbers, scaler.state_dict(), described, dict(tally))
+                state = Checkpoint(saved, *tensors, numbers=numbers, scaler=scaler.state_dict(), config=described, tally=dict(tally))
                 save_or_wait(partial(save, folder, state), saved, config, report)
+                del state
+            del tensors, moments
         observe(step + 1, average or parameters)
         if stopping > 0 and step + 1 < config.steps:
             raise InterruptedRunError(f"stopped after step {step + 1} of {config.steps}")
@@ -210,7 +217,7 @@ def update_average(average: dict[str, Tensor], current: Mapping[str, Tensor], de
     with torch.no_grad():
         for name, value in current.items():
             if value.is_floating_point():
-                average[name].lerp_(value, 1 - decay)
+                part(average[name]).lerp_(part(value), 1 - decay)
             else:
                 average[name].copy_(value)
 
@@ -226,6 +233,6 @@ def keep_log_until(log: Path, step: int) -> None:
 
 
 def _with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    other = deepcopy(model)
+    other = model if any(map(is_shared, model.parameters())) else deepcopy(model)
     other.load_state_dict(weights, strict=False)
     return other.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import DataError, UsageError
 from ..pipeline.staging import write_file
+from .sharding import part
 
 MAX_WIDTH = 1 / math.sqrt(12)  # of γ = 0, the plain mean of all steps
 _METADATA = "tu-diffuse"
@@ -72,7 +73,7 @@ def update_power_averages(averages: Mapping[str, Tensor], current: Mapping[str, 
     with torch.no_grad():
         for key, average in averages.items():
             width, _, name = key.partition("/")
-            average.lerp_(current[name], 1 - (1 - 1 / step) ** (_EXPONENTS[width] + 1))
+            part(average).lerp_(part(current[name]), 1 - (1 - 1 / step) ** (_EXPONENTS[width] + 1))
 
 
 def write_snapshots(folder: Path, averages: Mapping[str, Tensor], start: Mapping[str, Tensor], step: int, run: Mapping[str, Any]) -> None:

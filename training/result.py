@@ -1,13 +1,12 @@
 """What a fine-tuning run leaves: a model folder, and LoRA files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ..pipeline.folder import ModelFolder
-from ..pipeline.staging import write_file
 from ..unet.deltas import read_expert
 from .config import FinetuneConfig
 from .expert_files import Draft, Kept, weights_for, write_model
@@ -21,18 +20,16 @@ def alpha_of(config: FinetuneConfig) -> float:
     return float(config.lora or 0) if config.lora_alpha is None else config.lora_alpha
 
 
-def write_result(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[str, Tensor], lora_to: Path | None, target: Path) -> None:
+def write_result(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[str, Tensor], target: Path) -> None:
     """Write the model folder `target` with the trained weights; with LoRA they are added to the model's own.
 
     Args:
         config: of the run.
         folder: the model that was trained.
         weights: all tensors of the networks as `subject.trained_networks` names them, those of adapters included.
-        lora_to: where the LoRA's files are written: one, or in an ensemble one for each expert and one for each text encoder. None writes none.
         target: the new folder.
     """
-    pairs = {name: pairs_of(weights, name) for name in dict.fromkeys(".".join(name.split(".")[:2]) for name in weights)}
-    states = {name: _own(config, weights, name, own) for name, own in pairs.items()}
+    states = {name: _own(config, weights, name, own) for name, own in _pairs(weights).items()}
     drafts: list[Draft] = []
     for entry in folder.experts:
         own = folder.path / entry.subfolder
@@ -43,15 +40,30 @@ def write_result(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[s
             dtype = next(stored.tensor.dtype for stored in read_expert(own).values())
             drafts.append(Draft(entry, weights_for(own, {name: tensor.detach().cpu().to(dtype) for name, tensor in state.items()})))
     texts = {name.removeprefix("text."): state for name, state in states.items() if name.startswith("text.")}
-    if lora_to is not None and config.lora is not None:  # before the folder, which says that the run is finished
-        for name, content in _lora_files(folder, {name: own for name, own in pairs.items() if own}).items():
-            if config.format == "kohya":
-                family, layers = _shape(folder, config.expert)
-                write = partial(write_kohya, pairs=content, alpha=alpha_of(config), family=family, layers_per_block=layers)
-            else:
-                write = partial(write_diffusers, pairs=content, rank=config.lora, alpha=alpha_of(config))
-            write_file(lora_to / name, write)
     write_model(folder, drafts, target, replaced=texts, scheduler=folder.configs["scheduler"] if config.zero_terminal_snr else None)
+
+
+def lora_files(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[str, Tensor]) -> dict[str, Callable[[Path], None]]:
+    """The LoRA files of a run, by name, with what writes each: one, or in an ensemble one for each expert and one for each text encoder.
+
+    Args:
+        config: of the run; none without LoRA.
+        folder: the model that was trained.
+        weights: as for `write_result`.
+    """
+    if config.lora is None:
+        return {}
+    contents = _by_file(folder, {name: own for name, own in _pairs(weights).items() if own})
+    alpha = alpha_of(config)
+    if config.format == "kohya":
+        family, layers = _shape(folder, config.expert)
+        return {name: partial(write_kohya, pairs=own, alpha=alpha, family=family, layers_per_block=layers) for name, own in contents.items()}
+    return {name: partial(write_diffusers, pairs=own, rank=config.lora, alpha=alpha) for name, own in contents.items()}
+
+
+def _pairs(weights: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Each network's pairs."""
+    return {name: pairs_of(weights, name) for name in dict.fromkeys(".".join(name.split(".")[:2]) for name in weights)}
 
 
 def _own(config: FinetuneConfig, weights: Mapping[str, Tensor], network: str, pairs: Pairs) -> dict[str, Tensor]:
@@ -60,7 +72,7 @@ def _own(config: FinetuneConfig, weights: Mapping[str, Tensor], network: str, pa
     return state if config.lora is None else with_pairs(state, pairs, alpha_of(config) / config.lora)
 
 
-def _lora_files(folder: ModelFolder, pairs: Mapping[str, Pairs]) -> dict[str, dict[str, Pairs]]:
+def _by_file(folder: ModelFolder, pairs: Mapping[str, Pairs]) -> dict[str, dict[str, Pairs]]:
     """File name -> component -> pairs. One file of everything is what diffusers loads; of an ensemble each network has its own."""
     named = {name: (kind, rest) for name in pairs for kind, _, rest in [name.partition(".")]}
     content = {name: ("unet" if kind == "unets" else rest, pairs[name]) for name, (kind, rest) in named.items()}

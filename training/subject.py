@@ -127,13 +127,25 @@ def _trainable(folder: ModelFolder, entry: ExpertEntry) -> UNet:
     return unet.train()
 
 
-def predictor(subject: Subject, conditioning_of: Callable[[Draw], Conditioning]) -> Predict:
-    """Bind captions to the experts: rows go to the expert that owns their timestep."""
+def predictor(subject: Subject, conditioning_of: Callable[[Draw], Conditioning], everywhere: Tensor | None = None) -> Predict:
+    """Bind captions to the experts: rows go to the expert that owns their timestep.
+
+    Args:
+        subject: the experts.
+        conditioning_of: the captions' conditioning.
+        everywhere: (n,) timesteps of all processes that share the experts. One that any of them needs is run by all, if need be on a row of another
+            whose result is not used, since its weights are put together by all at once. None when the experts are not shared.
+    """
 
     def predict(x: Tensor, t: Tensor, drawn: Draw) -> Tensor:
         said = conditioning_of(drawn)
-        owners = [(name, ((t >= first) & (t < end)).nonzero().flatten()) for name, (first, end) in subject.owned.items()]
-        outputs = [(rows, _run(subject.unets[name], x[rows], t[rows], said, rows)) for name, rows in owners if len(rows)]
+        asked = t if everywhere is None else everywhere
+        outputs: list[tuple[Tensor, Tensor]] = []
+        for name, (first, end) in subject.owned.items():
+            rows = ((t >= first) & (t < end)).nonzero().flatten()
+            if len(rows) or ((asked >= first) & (asked < end)).any():
+                run = rows if len(rows) else rows.new_zeros(1)
+                outputs.append((rows, _run(subject.unets[name], x[run], t[run], said, run)[: len(rows)]))
         order = torch.cat([rows for rows, _ in outputs]).argsort()
         return torch.cat([output for _, output in outputs])[order]
 

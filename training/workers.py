@@ -7,10 +7,13 @@ import os
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .sharding import is_shared
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class Workers:
         """Replace each gradient by its mean over the processes, and return the means of `scalars` (n,); one message for all.
 
         A parameter that some processes did not use, as an expert that had none of their rows, counts as zero there; one that none used keeps none.
+        The gradients of shared parameters are means already.
         """
         if self.count == 1:
             return scalars
-        trained = list(parameters)
+        trained = [parameter for parameter in parameters if not is_shared(parameter)]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         used = scalars.new_tensor([float(p.grad is not None) for p in trained])
         joined = torch.cat([*(gradient.flatten() for gradient in gradients), used, scalars])
@@ -50,19 +54,24 @@ class Workers:
 
 
 ALONE = Workers()
+_CPU = torch.device("cpu")
+_PATIENCE = timedelta(days=1)
 
 
 @contextmanager
-def joined_workers() -> Generator[Workers]:
+def joined_workers(device: torch.device = _CPU) -> Generator[Workers]:
     """Join the group that the environment describes (gloo on the CPU, nccl with CUDA) and leave it at the end, or be alone.
 
+    With CUDA each process of a machine takes the device of its number there. One may wait for another as long as a full disk or a picture takes.
     A process that ends inside a group may be aborted by the threads of its connections.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if device == torch.device("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Workers(dist.get_rank(), count)
     finally:

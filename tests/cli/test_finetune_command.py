@@ -173,14 +173,29 @@ def test_a_damaged_shard_stops_before_training(sd1_folder: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_train_as_one_with_the_whole_batch(sd2_folder: Path, shards: str, tmp_path: Path) -> None:
+ACCELERATE = "accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --main_process_port 0"
+
+
+@pytest.mark.parametrize(
+    ("launch", "more"),
+    [
+        (f"{ACCELERATE} --use_fsdp", []),
+        pytest.param(f"{ACCELERATE} --cpu", [], marks=pytest.mark.slow),
+        pytest.param("torch.distributed.run --standalone --nproc-per-node 2", ["--sharded"], marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_as_one_with_the_whole_batch(sd2_folder: Path, shards: str, tmp_path: Path, launch: str, more: list[str]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(command(sd2_folder, shards, one, "--steps", "6")) == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    arguments = [*launch, "--main_process_port", "0", "-m", "tu_diffuse", *command(sd2_folder, shards, two, "--steps", "6")]
+    arguments = [sys.executable, "-m", *launch.split(), "-m", "tu_diffuse", *command(sd2_folder, shards, two, "--steps", "6", "--json", *more)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=300)
     assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["event"] for line in told] == ["plan", "step", "done"]
+    assert told[0]["options"]["sharded"] == ("--cpu" not in launch)
     losses = [json.loads((out / "checkpoints" / "losses.jsonl").read_text())["loss"] for out in (one, two)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     first, second = result(one), result(two)
-    assert max(float((tensor - second[name]).abs().max()) for name, tensor in first.items()) < 1e-4
+    apart = {name: (tensor - second[name]).abs() for name, tensor in first.items()}
+    assert max(float(tensor.mean()) for tensor in apart.values()) < 1e-5
+    assert max(float(tensor.max()) for tensor in apart.values()) < 2e-3  # AdamW makes whole steps of gradients that are rounding errors alone

@@ -63,7 +63,7 @@ def test_a_kept_width_is_the_average_of_the_checkpoint(sd1_folder: Path, whole: 
     assert averaged(whole, sd1_folder, "0.1", tmp_path / "made", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told.pop("distance") < 1e-6
-    assert told == {"path": str(tmp_path / "made"), "step": STEPS, "sigma_rel": 0.1, "snapshots": 12}
+    assert told == {"path": str(tmp_path / "made"), "step": STEPS, "sigma_rel": 0.1, "snapshots": 12, "lora": []}
     wanted = tracked(whole, "0.10")
     made, start, last = unet(tmp_path / "made"), unet(sd1_folder), unet(whole / "model")
     assert made.keys() == wanted.keys() == start.keys()
@@ -98,6 +98,14 @@ def test_adapters_are_averaged_and_merged(ensemble_folder: Path, shard: str, tmp
     averages = {name.removeprefix("0.05/"): tensor for name, tensor in found.power_averages.items() if name.startswith("0.05/")}
     networks = {".".join(name.split(".")[:2]) for name in averages}
     assert len(networks) == 5
+    files = {path.name: load_file(path) for path in tmp_path.glob("made-*")}
+    assert sum(map(len, files.values())) == len(averages)
+    for network in networks:
+        kind, _, name = network.partition(".")
+        for key, tensor in files[f"made-{name}-pytorch_lora_weights.safetensors"].items():
+            inside = key.removeprefix(f"{'unet' if kind == 'unets' else name}.").replace(".weight", ".default.weight")
+            torch.testing.assert_close(tensor, averages[f"{network}.{inside}"], atol=2e-3 * tensor.abs().max().item(), rtol=0)
+    assert averaged(out, ensemble_folder, "0.05", tmp_path / "made") == 2
     entries = {f"unets.{entry.name}": entry.subfolder for entry in open_folder(ensemble_folder).experts}
     for network in networks:
         folder = entries.get(network, network.removeprefix("text."))
