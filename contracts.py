@@ -22,6 +22,7 @@ class Conditioning:
         size_ids: (batch, 5 or 6) float; SDXL's micro-conditioning (heights, widths, crops, score), else None.
         shown: (batch, 1 + channels, h, w) float; what an inpainting network sees beside x: the mask, 1 where it repaints, and the latents of the
             masked picture; None for every other network.
+        hint: (batch, 3, H, W) float in 0..1, in pixels; what a ControlNet reads, else None.
     """
 
     tokens: Tensor
@@ -29,6 +30,7 @@ class Conditioning:
     pooled: Tensor | None = None
     size_ids: Tensor | None = None
     shown: Tensor | None = None
+    hint: Tensor | None = None
 
 
 class Denoiser(Protocol):

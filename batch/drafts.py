@@ -106,7 +106,7 @@ class Draft:
         """The expert of its next stage; None when all of its round are done, or no row is left."""
         if not self.items:
             return None
-        experts = studio.table(self.schedule, self.request)
+        experts = studio.table(self.schedule, self.request, self.parts[self.round])
         parts = stages(self.schedule.sigmas, experts.borders, self.parts[self.round].first)
         return None if self.stage == len(parts) else experts.expert_for(float(self.schedule.sigmas[parts[self.stage][0]])).name
 
@@ -218,11 +218,12 @@ def advance(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Dr
 
 def _advanced(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Draft:
     request, schedule, device = draft.request, draft.schedule, studio.place.device
-    experts, start, part = studio.table(schedule, request), draft.start.to(device), draft.parts[draft.round]
+    start, part = draft.start.to(device), draft.parts[draft.round]
+    experts = studio.table(schedule, request, part)
     first, end = stages(schedule.sigmas, experts.borders, part.first)[draft.stage]
     owner = experts.expert_for(float(schedule.sigmas[first]))
     told = [said[draft.round][owner.name] for said in draft.said]
-    prompt = showing(on_device(stack_conditionings([said.prompt for said in told]), device), start)
+    prompt = showing(on_device(stack_conditionings([said.prompt for said in told]), device), start, [item.request for item in draft.items], part)
     negative = on_device(stack_conditionings([said.negative for said in told]), device)
     scales = [owner.guidance if item.request.expert_guidance and owner.guidance is not None else item.request.guidance for item in draft.items]
     guidance = replace(guidance_policy(studio.folder, request), scale=torch.tensor(scales, dtype=torch.float64))

@@ -22,7 +22,7 @@ Sweep = Mapping[str, Sequence[Any]]
 
 MAX_ITEMS = 1_000_000
 _NOT_SETTINGS = ("count", "seed", "seeds", "name", "format", "lora", "embedding")  # of a line, but not of `resolve`
-_PICTURES = ("init_image", "mask")  # options of a line that name files
+_FILES = ("init_image", "mask", "control_image", "control_model")  # options of a line that name files
 _CANDIDATE_STRIDE = 2654435769  # 2³² over the golden ratio, odd: candidates of one seed are all different, and far from those of its neighbours
 NAME = "{number}-{prompt}-{seed}"
 
@@ -105,7 +105,7 @@ def make_items(
     told: Counter[tuple[str, str]] = Counter()
     seen: Counter[str] = Counter()
     for line in lines:
-        values = {**defaults, **line.values, **{name: str(beside / line.values[name]) for name in _PICTURES if line.values.get(name)}}
+        values = {**defaults, **line.values, **{name: str(beside / line.values[name]) for name in _FILES if line.values.get(name)}}
         text = (values["prompt"], values.get("negative", ""))
         try:
             seeds = _seeds(values, text, told[text])

@@ -139,7 +139,7 @@ def _command(item: Item, told: Iterable[str], shared: Sequence[str]) -> str:
 def _told(folder: ModelFolder, request: Request) -> tuple[str, ...]:
     """The options that `resolve` must be given to come to a request."""
     edit = request.edit
-    request = replace(request, edit=None, upscale=None, tile=None)  # which `_edit_options` tells
+    request = replace(request, edit=None, upscale=None, tile=None, control=None)  # which `_edit_options` tells
     given: dict[str, Any] = {name: getattr(request, name) for name in _TUNED}
     if request.sigmas is not None:
         del given["schedule"], given["steps"]
@@ -158,13 +158,16 @@ def _told(folder: ModelFolder, request: Request) -> tuple[str, ...]:
 
 def _edit_options(request: Request) -> dict[str, Any]:
     """The options of what a picture is made from beside a prompt; files by their names, as paths stay private."""
-    edit, upscale = request.edit, request.upscale
+    edit, upscale, control = request.edit, request.upscale, request.control
     told: dict[str, Any] = {}
     if edit is not None:
         told |= {"init_image": edit.init_image.name, "strength": edit.strength, "resize": edit.resize}
         told |= {} if edit.mask is None else {"mask": edit.mask.name, "mask_blur": edit.mask_blur}
     if upscale is not None:
         told |= {"upscale": upscale.factor, "upscale_mode": upscale.mode, "upscale_steps": upscale.steps, "upscale_strength": upscale.strength}
+    if control is not None:
+        told |= {"control": control.kind, "control_image": control.image.name, "control_model": control.model}
+        told |= {"control_scale": control.scale, "control_start": control.start, "control_end": control.end}
     return told if request.tile is None else {**told, "tile": request.tile}
 
 

@@ -15,8 +15,10 @@ from typing import Any
 
 from ..errors import DataError, OutputError
 from ..pipeline.adapters import LoraUse
+from ..pipeline.control import control_from
 from ..pipeline.edits import edit_from, upscale_from
 from ..pipeline.embeddings import EmbeddingUse
+from ..pipeline.inputs import InputPicture
 from ..pipeline.output import candidates
 from ..pipeline.request import EARLIER, Request, most_together
 from .files import replace as write_whole
@@ -38,6 +40,9 @@ _SHARED = (
     "dynamic_threshold",
     "loras",
 )
+
+
+_ANY = InputPicture("", "", 0, 0, "")  # stands for pictures that may differ within a batch
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ def extend(plan: Plan, items: Sequence[Item], batch_size: int | None) -> Plan:
 def _shared(request: Request) -> tuple[Any, ...]:
     """What the rows of a batch have in common; which pictures they begin with may differ."""
     edit = None if request.edit is None else (request.edit.strength, request.edit.mask is None)
-    return (*(getattr(request, name) for name in _SHARED), edit, request.upscale, request.tile)
+    control = None if request.control is None else replace(request.control, image=_ANY)
+    return (*(getattr(request, name) for name in _SHARED), edit, request.upscale, request.tile, control)
 
 
 def _cut(group: Sequence[Planned], batch_size: int | None) -> Iterable[tuple[Planned, ...]]:
@@ -185,7 +191,7 @@ def _item(stored: dict[str, Any]) -> Item:
         if field.default is MISSING or field.name in asked:
             value = asked[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
-    for name, read in (("edit", edit_from), ("upscale", upscale_from)):
+    for name, read in (("edit", edit_from), ("upscale", upscale_from), ("control", control_from)):
         if values.get(name) is not None:
             values[name] = read(values[name])
     values["loras"] = tuple(LoraUse.stored(lora) for lora in values["loras"])

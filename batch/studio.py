@@ -13,6 +13,7 @@ import torch
 from ..contracts import Conditioning
 from ..errors import UsageError
 from ..pipeline.adapters import Adapters, LoraUse, Shelf
+from ..pipeline.control import ControlNets
 from ..pipeline.describe import describe
 from ..pipeline.embeddings import EmbeddingUse
 from ..pipeline.folder import ModelFolder
@@ -81,6 +82,7 @@ class Studio:
         self._readers: tuple[Adapters, Mapping[str, Encode]] | None = None  # of the LoRAs that came last
         self._experts: ExpertPool | None = None
         self._codec: LatentCodec | None = None
+        self._controls = ControlNets(place.device, place.dtype)
         self._texts: OrderedDict[_Key, Mapping[str, Said]] = OrderedDict()
 
     def read(self, request: Request, part: Round) -> Mapping[str, Said]:
@@ -101,10 +103,11 @@ class Studio:
             self._note(fallbacks)
         return self._experts
 
-    def table(self, schedule: SigmaSchedule, request: Request) -> ExpertTable:
-        """The experts as the denoiser of a run, as the request changes them."""
+    def table(self, schedule: SigmaSchedule, request: Request, part: Round) -> ExpertTable:
+        """The experts as the denoiser of a round, as the request changes them."""
         added = self._shelf.adapters(request.loras).unets
-        return self.experts().table(schedule.timestep_at, ahead=self.roomy, added=added, tile=request.tile)
+        residuals = self._controls.residuals(request.control, schedule, part.first)
+        return self.experts().table(schedule.timestep_at, ahead=self.roomy, added=added, tile=request.tile, residuals=residuals)
 
     def codec(self) -> LatentCodec:
         """The codec."""
@@ -138,6 +141,7 @@ class Studio:
         if not self.roomy:
             self._loads += Counter() if self._experts is None else self._experts.loads
             self._encoders = self._readers = self._experts = self._codec = None
+            self._controls = ControlNets(self.place.device, self.place.dtype)
             gc.collect()
 
 
@@ -152,5 +156,5 @@ def _read(readers: Mapping[str, Encode], text: Text) -> dict[str, Said]:
 
 def on_device(conditioning: Conditioning, device: torch.device | str) -> Conditioning:
     """A conditioning on another device."""
-    rest = (conditioning.mask, conditioning.pooled, conditioning.size_ids, conditioning.shown)
+    rest = (conditioning.mask, conditioning.pooled, conditioning.size_ids, conditioning.shown, conditioning.hint)
     return Conditioning(conditioning.tokens.to(device), *(None if part is None else part.to(device) for part in rest))

@@ -13,6 +13,12 @@ from ..errors import UsageError
 from ..pipeline.limits import RANGES
 from .options import (
     Attention,
+    ControlEnd,
+    ControlImage,
+    ControlKind,
+    ControlModel,
+    ControlScale,
+    ControlStart,
     Debug,
     Device,
     DType,
@@ -72,6 +78,12 @@ def generate(
     no_t5: Annotated[bool, typer.Option("--no-t5", help="Do not load T5, for models with CLIP and T5.")] = False,
     clip_weight: Annotated[float, typer.Option(help="0..10: how much CLIP's tokens count beside T5's.")] = 1.0,
     t5_weight: Annotated[float, typer.Option(help="0..10: how much T5's tokens count beside CLIP's; 0 is --no-t5.")] = 1.0,
+    control: ControlKind = None,
+    control_image: ControlImage = None,
+    control_model: ControlModel = None,
+    control_scale: ControlScale = None,
+    control_start: ControlStart = None,
+    control_end: ControlEnd = None,
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp. [default: from --out, else png]")] = None,
     name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names in a folder. [default: {prompt}-{seed}]")] = None,
     steps_strip: Annotated[bool, typer.Option("--steps-strip", help="Also save each step's prediction in one strip, with its expert.")] = False,
@@ -107,6 +119,8 @@ def generate(
       tu-diffuse generate "a blue circle" --upscale 2 --tile xy
 
       tu-diffuse generate "a {red|blue} star, (night:1.3)" --syntax weighted --count 8
+
+      tu-diffuse generate "a castle" --model my-sd15 --control canny --control-image house.jpg --control-model control-canny
 
     With --json each picture is one line: path, steps_strip, prompt, seed, seconds, truncated (words that did not fit),
     fallbacks, settings (all that was applied).
@@ -171,6 +185,12 @@ def generate(
             no_t5=no_t5,
             clip_weight=clip_weight,
             t5_weight=t5_weight,
+            control=control,
+            control_image=control_image,
+            control_model=control_model,
+            control_scale=control_scale,
+            control_start=control_start,
+            control_end=control_end,
         )
     ]
     for unused in (one for one in embeddings if not one.named_in(*texts, negative)):

@@ -26,6 +26,7 @@ def replay(
         list[Path] | None,
         typer.Option(metavar="FILE|FOLDER", help="Where the pictures are that it was made from, if not beside it; may be repeated."),
     ] = None,
+    control_model: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The ControlNet that it was made with.")] = None,
     dtype: DType = "recorded",
     device: Device = "recorded",
     attention: Attention = "recorded",
@@ -57,6 +58,7 @@ def replay(
 
     from ..batch.again import company_of, draw_again
     from ..pipeline.adapters import Shelf, find_by_hash
+    from ..pipeline.control import with_network
     from ..pipeline.folder import open_folder
     from ..pipeline.inputs import located
     from ..pipeline.loading import adapted_to, choose_place, load_model
@@ -85,6 +87,8 @@ def replay(
         new = draw_again(folder, choose_place(dtype, device, attention, quantize), company, settings["item"], settings["seed"], files)
     else:
         request = with_pictures(request, lambda one: located(one, places))
+        if request.control is not None:
+            request = replace(request, control=with_network(request.control, folder, control_model))
         loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize)
         new = redraw(adapted_to(loaded, Shelf(folder, files), request), request, index)
     difference = compare(picture, new.pixels, new.settings)

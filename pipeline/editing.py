@@ -23,6 +23,7 @@ from ..contracts import Conditioning
 from ..schedulers.schedules import SigmaSchedule, make_schedule
 from ..schedulers.step import BoundDenoiser
 from ..vae.codec import LatentCodec, sample_posterior, to_uint8
+from .control import hint_of
 from .edits import Edit
 from .folder import ModelFolder
 from .inputs import fitted, greys_of, pixels_of
@@ -185,9 +186,21 @@ def keeping(denoise: BoundDenoiser, kept: Kept | None, start: float) -> BoundDen
     return kept_denoise
 
 
-def showing(conditioning: Conditioning, start: Start) -> Conditioning:
-    """A conditioning that shows an inpainting network its pictures."""
-    return conditioning if start.shown is None else replace(conditioning, shown=start.shown)
+def showing(conditioning: Conditioning, start: Start, requests: Sequence[Request], part: Round) -> Conditioning:
+    """A conditioning that shows the networks their pictures: an inpainting U-Net what is masked, a ControlNet what it reads.
+
+    Raises:
+        UsageError: a picture is gone, or is not what it was.
+    """
+    read = [(request.control, "crop" if request.edit is None else request.edit.resize) for request in requests]
+    made: dict[str, Tensor] = {}
+    for control, resize in read:
+        if control is not None and control.image.sha256 not in made:
+            made[control.image.sha256] = hint_of(control, part.width, part.height, resize)
+    hints = [made[control.image.sha256].to(conditioning.tokens.device) for control, _ in read if control is not None]
+    if start.shown is None and not hints:
+        return conditioning
+    return replace(conditioning, shown=start.shown, hint=torch.cat(hints) if hints else None)
 
 
 def composited(pixels: Tensor, edit: Edit | None, part: Round) -> Tensor:

@@ -195,7 +195,7 @@ def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelF
     chains = {expert.subfolder: chain(folder / expert.subfolder) for expert in experts}
     weights = [base.relative_to(folder).as_posix() for bases in chains.values() for base in bases]
     folders = [*dict.fromkeys([*parts, *weights])]
-    _refuse_code(folder, index, folders)
+    refuse_code(folder, index, folders)
     configs = {name: read_json(folder / name / _config_name(name)) for name in parts if not name.startswith("tokenizer")}
     configs |= {name: read_json(bases[-1] / "config.json") for name, bases in chains.items()}
     channels = configs["unet"].get("in_channels", 4)
@@ -356,7 +356,7 @@ def _refuse_files(folder: Path) -> None:
             raise UnsafeError(f"{folder.name!r} holds a link that leads out of the folder ({name}); put the file itself there.")
 
 
-def _refuse_code(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -> None:
+def refuse_code(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -> None:
     """Refuse configs that ask for code of their own, or for classes that are not on our lists, at any depth."""
     parts = {folder / name for name in names}
     documents = {folder / "model_index.json": index}

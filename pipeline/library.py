@@ -13,12 +13,14 @@ from diffusers.models.autoencoders.autoencoder_asym_kl import AsymmetricAutoenco
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..errors import ModelError, UsageError
 from ..unet.deltas import chain, check_hashes, expert_sha256, read_expert
+from ..unet.denoiser import Residuals
 from ..unet.experts import ExpertEntry
 from ..unet.layers import Recorder
 from ..weights import check_finite, placed, read_json, weight_files
@@ -43,12 +45,14 @@ class LibraryDenoiser:
         prediction_type: "epsilon", "v_prediction" or "sample".
         to_timestep: sigma (batch,) to the timestep that the network is told.
         recorder: None; the library's attention cannot be listened to.
+        residuals: see `UNetDenoiser`.
     """
 
     unet: UNet2DConditionModel
     prediction_type: str
     to_timestep: Callable[[Tensor], Tensor]
     recorder: Recorder | None = None
+    residuals: Residuals | None = None
 
     def __post_init__(self) -> None:
         if self.recorder is not None:
@@ -70,12 +74,15 @@ class LibraryDenoiser:
             extra["added_cond_kwargs"] = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": conditioning.size_ids}
         elif conditioning.pooled is not None:
             extra["class_labels"] = conditioning.pooled.to(dtype)
-        scaled = x.float() / scale
+        scaled, t = x.float() / scale, self.to_timestep(sigma).to(x.device)
+        control = None if self.residuals is None else self.residuals(scaled, t, sigma, conditioning)
+        if control is not None:
+            extra |= {"down_block_additional_residuals": control[0], "mid_block_additional_residual": control[1]}
         if conditioning.shown is not None:
             scaled = torch.cat([scaled, conditioning.shown], dim=1)
         output = self.unet(
             scaled.to(dtype),
-            self.to_timestep(sigma).to(x.device),
+            t,
             conditioning.tokens.to(dtype),
             encoder_attention_mask=conditioning.mask,
             return_dict=False,
@@ -149,6 +156,15 @@ def library_expert(
     if len(folders) > 1:
         unet.load_state_dict({name: placed(name, stored.tensor, stored.origin, dtype, "cpu") for name, stored in read_expert(folders[0]).items()})
     return LibraryDenoiser(quantized(unet.to(device), quantize), folder.noise.prediction_type, folder.noise.timestep_at)
+
+
+def library_control(folder: Path, dtype: torch.dtype, device: torch.device) -> ControlNetModel:
+    """Load a ControlNet, whose folder was checked, with diffusers.
+
+    Raises:
+        ModelError: diffusers does not take it.
+    """
+    return _load(ControlNetModel, folder, dtype, ModelError(f"The ControlNet {folder.name!r} is not a valid one.")).to(device)
 
 
 def library_vae(folder: ModelFolder, dtype: torch.dtype, device: torch.device, refusal: ModelError) -> Any:

@@ -29,6 +29,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "upscale_strength": (0, 1),
     "clip_weight": (0, 10),
     "t5_weight": (0, 10),
+    "control_scale": (0, 10),
+    "control_start": (0, 1),
+    "control_end": (0, 1),
 }
 """Lowest and highest value, both allowed. Models ask for more of width and height: a multiple of `ModelFolder.factor`."""
 

@@ -5,7 +5,7 @@ architecture is not covered by our networks, the library's class takes its place
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,7 @@ from ..vae.codec import LatentCodec
 from ..vae.config import AutoencoderConfig
 from ..weights import load_weights, without_storage
 from .adapters import NO_ADAPTERS, Adapters, Shelf
+from .control import ControlNets
 from .folder import ModelFolder, expert_bytes
 from .quantize import check_quantize, quantized
 from .request import Request, rounds
@@ -93,6 +94,7 @@ class Model:
         codec: latents to pixels and back.
         fallbacks: parts that the library's classes compute, for the picture's settings.
         adapters: the LoRAs and embeddings that `readers` has, and that are added to the experts.
+        controls: the ControlNet, once a request asked for one.
     """
 
     folder: ModelFolder
@@ -103,6 +105,7 @@ class Model:
     codec: LatentCodec
     fallbacks: tuple[str, ...]
     adapters: Adapters = NO_ADAPTERS
+    controls: ControlNets = field(kw_only=True)
 
 
 def load_model(
@@ -134,7 +137,8 @@ def load_model(
     readers = readers_with(NO_ADAPTERS)
     codec, codec_fallbacks = load_codec(folder, place)
     experts, expert_fallbacks = load_experts(folder, place)
-    return Model(folder, place, readers_with, readers, experts, codec, (*codec_fallbacks, *expert_fallbacks))
+    fallbacks, controls = (*codec_fallbacks, *expert_fallbacks), ControlNets(place.device, place.dtype)
+    return Model(folder, place, readers_with, readers, experts, codec, fallbacks, controls=controls)
 
 
 def texts_of(shelf: Shelf, requests: Sequence[Request]) -> dict[Adapters, list[Text]] | None:

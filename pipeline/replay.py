@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError, UsageError
 from .adapters import LoraUse
+from .control import control_from
 from .edits import edit_from, upscale_from
 from .embeddings import EmbeddingUse
 from .folder import ModelFolder
@@ -114,6 +115,7 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
             edit=None if "edit" not in settings else edit_from(_without_paths(settings["edit"])),
             upscale=None if "upscale" not in settings else upscale_from(settings["upscale"]),
             tile=settings.get("tile"),
+            control=None if "control" not in settings else control_from(settings["control"]),
         )
         index = request.seeds.index(settings["seed"])
         texts = [settings[name] for name in ("dtype", "device", "attention")] + [*(template or ())]

@@ -11,6 +11,7 @@ from ..schedulers.registry import SAMPLERS, sampler_info
 from ..schedulers.schedules import SPACINGS, make_schedule
 from ..text_encoders.prompts import Reading, Text, choose, joined, looks_weighted, parse
 from .adapters import LoraUse
+from .control import KINDS, Control, kept_steps, resolved_control
 from .edits import Edit, Upscale, resolved_edit, resolved_upscale
 from .embeddings import EmbeddingUse
 from .folder import ModelFolder
@@ -63,6 +64,7 @@ class Request:
         clip_weight: 0..10, how much CLIP's tokens count beside T5's; see `Conditioner`.
         t5_weight: the same of T5's, which is neither loaded nor run at 0.
         template: prompt and negative prompt as they were before choices were made for these seeds; None where there were none.
+        control: what steers the drawing through a ControlNet, or None.
     """
 
     prompt: str
@@ -92,6 +94,7 @@ class Request:
     edit: Edit | None = None
     upscale: Upscale | None = None
     tile: str | None = None
+    control: Control | None = None
 
     @property
     def reading(self) -> Reading:
@@ -152,21 +155,25 @@ def first_step(steps: int, strength: float) -> int:
 
 def with_pictures(request: Request, change: Callable[[InputPicture], InputPicture]) -> Request:
     """The request with each of its input pictures replaced."""
-    if request.edit is None:
+    edit, control = request.edit, request.control
+    if control is not None:
+        request = replace(request, control=replace(control, image=change(control.image)))
+    if edit is None:
         return request
-    edit = request.edit
     return replace(request, edit=replace(edit, init_image=change(edit.init_image), mask=None if edit.mask is None else change(edit.mask)))
 
 
 def recorded(request: Request) -> dict[str, Any]:
     """The fields of a request as JSON: input pictures without their paths, and what is not used left out."""
     fields = asdict(request)
-    for name in ("edit", "upscale", "tile"):
+    for name in ("edit", "upscale", "tile", "control"):
         if fields[name] is None:
             del fields[name]
     if request.edit is not None:
         mask = request.edit.mask
         fields["edit"] |= {"init_image": request.edit.init_image.recorded, "mask": None if mask is None else mask.recorded}
+    if request.control is not None:
+        fields["control"] = request.control.recorded
     return fields
 
 
@@ -224,11 +231,17 @@ def resolve(
     t5_weight: float = 1.0,
     no_t5: bool = False,
     template: tuple[str, str] | None = None,
+    control: str | Control | None = None,
+    control_image: Path | str | None = None,
+    control_model: Path | str | None = None,
+    control_scale: float | None = None,
+    control_start: float | None = None,
+    control_end: float | None = None,
 ) -> Request:
     """Fill in the model's defaults and check every value; the arguments are the fields of `Request`, None is the model's default.
 
     The arguments of an edit and of an enlargement are those of `edits.resolved_edit` and `edits.resolved_upscale`; a picture to begin with gives
-    the size where none is named. A recorded `Edit` or `Upscale` stands in place of its parts.
+    the size where none is named. A recorded `Edit`, `Upscale` or `Control` stands in place of its parts.
 
     `no_t5` is the same as a `t5_weight` of 0.
 
@@ -249,6 +262,10 @@ def resolve(
         edit = resolved_edit(_path(init_image), strength, resize, _path(mask), mask_blur)
     if edit is not None and (width is None) != (height is None):
         raise UsageError("one of --width and --height is given for --init-image; give both, or neither to keep the picture's own size.")
+    steered = None
+    if not isinstance(control, Control):
+        network = _path(control_model)
+        steered = resolved_control(folder, _path(control_image), control, network, control_scale, control_start, control_end)
     size = (own.width, own.height) if edit is None else (edit.init_image.width, edit.init_image.height)
     request = Request(
         prompt=checked_text("the prompt", prompt),
@@ -278,6 +295,7 @@ def resolve(
         clip_weight=float(clip_weight),
         t5_weight=0.0 if no_t5 else float(t5_weight),
         template=template,
+        control=control if isinstance(control, Control) else steered,
     )
     if no_t5 and t5_weight not in (0, 1):
         raise UsageError(f"--no-t5 stands beside --t5-weight {t5_weight:g}; leave one of them out.")
@@ -387,6 +405,15 @@ def _check_edit(folder: ModelFolder, request: Request) -> None:
             raise UsageError("--upscale-steps and --sigmas contradict each other; leave one of them out.")
     if request.tile is not None:
         _one_of("tile", request.tile, CHOICES["tile"])
+    control = request.control
+    if control is not None:
+        for name, value in (("scale", control.scale), ("start", control.start), ("end", control.end)):
+            _within(f"control-{name}", value, *RANGES[f"control_{name}"])
+        _one_of("control", control.kind, KINDS)
+        for part in rounds(request):
+            kept_steps(control, part.steps - part.first)
+        if request.tile is not None:
+            raise UsageError("--control-image and --tile cannot be used together, as ControlNets see edges; leave one of them out.")
 
 
 def _some_step(name: str, strength: float, steps: int) -> None:

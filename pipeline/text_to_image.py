@@ -102,10 +102,12 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
         fresh = noise_source(generators, round_shape(folder, part), device)
 
         # Denoise: from expert to expert, the sampler asks the one whose noise levels these are, guided by what it is told.
-        experts, x = model.experts.table(schedule.timestep_at, added=model.adapters.unets, tile=request.tile), start.latents
+        residuals = model.controls.residuals(request.control, schedule, part.first)
+        experts = model.experts.table(schedule.timestep_at, added=model.adapters.unets, tile=request.tile, residuals=residuals)
+        x, rows = start.latents, [request] * len(request.seeds)
         for first, end in stages(schedule.sigmas, experts.borders, part.first):
             said = told[experts.expert_for(float(schedule.sigmas[first])).name]
-            guided = partial(GuidedDenoiser(experts, guidance, said.negative), conditioning=showing(said.prompt, start))
+            guided = partial(GuidedDenoiser(experts, guidance, said.negative), conditioning=showing(said.prompt, start, rows, part))
             denoise = keeping(guided, start.kept, float(schedule.sigmas[part.first]))
             steps = sampler.function(denoise, x, schedule.sigmas, fresh, borders=experts.borders, first=first, **options)
             for step in islice(steps, end - first):

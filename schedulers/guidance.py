@@ -228,7 +228,7 @@ def join_conditionings(first: Conditioning, second: Conditioning) -> Conditionin
     """Put what to steer away from before what to steer to.
 
     Args:
-        first: one row (repeated) or as many as second; it sees the picture that second sees.
+        first: one row (repeated) or as many as second; it sees the pictures that second sees.
         second: (batch, …).
 
     Returns:
@@ -240,7 +240,7 @@ def join_conditionings(first: Conditioning, second: Conditioning) -> Conditionin
     rows = second.tokens.shape[0]
     if first.tokens.shape[0] not in (1, rows):
         raise UsageError(f"{first.tokens.shape[0]} negative prompts were given for {rows} prompts; give one, or one for each")
-    return stack_conditionings([replace(repeated(first, rows), shown=second.shown), second])
+    return stack_conditionings([replace(repeated(first, rows), shown=second.shown, hint=second.hint), second])
 
 
 def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
@@ -262,7 +262,8 @@ def stack_conditionings(parts: Sequence[Conditioning]) -> Conditioning:
         mask=torch.cat([_padded(_mask_of(part), length) for part in parts]) if masked else None,
         pooled=_stacked([part.pooled for part in parts], "pooled vectors"),
         size_ids=_stacked([part.size_ids for part in parts], "size_ids"),
-        shown=_stacked([part.shown for part in parts], "pictures"),
+        shown=_stacked([part.shown for part in parts], "masked pictures"),
+        hint=_stacked([part.hint for part in parts], "control pictures"),
     )
 
 
@@ -272,7 +273,7 @@ def repeated(one: Conditioning, rows: int) -> Conditioning:
     def expanded(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.expand(rows, *tensor.shape[1:])
 
-    return Conditioning(one.tokens.expand(rows, -1, -1), *map(expanded, (one.mask, one.pooled, one.size_ids, one.shown)))
+    return Conditioning(one.tokens.expand(rows, -1, -1), *map(expanded, (one.mask, one.pooled, one.size_ids, one.shown, one.hint)))
 
 
 def _mask_of(conditioning: Conditioning) -> Tensor:

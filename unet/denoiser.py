@@ -1,6 +1,6 @@
 """From a U-Net to a `Denoiser`: scale the input, call the network, turn what it predicts into clean latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from ..errors import ModelError
 from .layers import Recorder
 from .unet import UNet
 
+Residuals = Callable[[Tensor, Tensor, Tensor, Conditioning], tuple[Sequence[Tensor], Tensor] | None]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -48,12 +49,14 @@ class UNetDenoiser:
         prediction_type: one of `PREDICTION_TYPES`.
         to_timestep: sigma (batch,) float32 to the timestep that the network is told, (batch,), fractional.
         recorder: sees query and key of every cross-attention layer, see `layers.TextContext`; None to record nothing.
+        residuals: (scaled x, timestep, sigma, conditioning) to what a ControlNet adds to the skips and to the middle, or to None; None adds nothing.
     """
 
     unet: UNet
     prediction_type: str
     to_timestep: Callable[[Tensor], Tensor]
     recorder: Recorder | None = None
+    residuals: Residuals | None = None
     _prompts: WeakKeyDictionary[Conditioning, _Prompt] = field(default_factory=_no_prompts, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +79,8 @@ class UNetDenoiser:
             scaled = torch.cat([scaled, conditioning.shown], dim=1)
         scaled = scaled.to(self.unet.conv_in.weight.dtype)
         t = self.to_timestep(sigma).to(x.device)
-        output = self.unet(scaled, t, prompt.keys_values, prompt.mask, prompt.pooled, prompt.size_ids, self.recorder).float()
+        added = None if self.residuals is None else self.residuals(x.float() / noise_scale, t, sigma, conditioning)
+        output = self.unet(scaled, t, prompt.keys_values, prompt.mask, prompt.pooled, prompt.size_ids, self.recorder, added).float()
         if self.prediction_type == "epsilon":
             x0 = x.float() - level * output
         elif self.prediction_type == "v_prediction":

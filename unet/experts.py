@@ -278,5 +278,5 @@ def _number(path: Path, item: dict[str, Any], field: str) -> float:
 
 
 def _rows(conditioning: Conditioning, rows: list[int]) -> Conditioning:
-    rest = (conditioning.mask, conditioning.pooled, conditioning.size_ids, conditioning.shown)
+    rest = (conditioning.mask, conditioning.pooled, conditioning.size_ids, conditioning.shown, conditioning.hint)
     return Conditioning(conditioning.tokens[rows], *(None if t is None else t[rows] for t in rest))

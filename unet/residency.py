@@ -23,7 +23,7 @@ from ..seamless import wrapped
 from ..weights import fill, read_json, without_storage
 from .config import UNetConfig
 from .deltas import Bases, chain, check_hashes, origin, read_expert
-from .denoiser import UNetDenoiser
+from .denoiser import Residuals, UNetDenoiser
 from .experts import Expert, ExpertEntry, ExpertTable
 from .layers import Recorder
 from .lora import NOTHING, Added, adapted
@@ -109,6 +109,7 @@ class ExpertPool:
         ahead: bool = True,
         added: Mapping[str, Added] | None = None,
         tile: str | None = None,
+        residuals: Residuals | None = None,
     ) -> ExpertTable:
         """The experts as the `Denoiser` of one run.
 
@@ -118,12 +119,13 @@ class ExpertPool:
             ahead: prefetch the next expert when a run comes near its border; else it is the caller's to call `prefetch`.
             added: expert -> what LoRAs add to it; None for nothing.
             tile: "x", "y" or "xy", along which the run's pictures meet themselves; the experts of other runs do not.
+            residuals: see `UNetDenoiser`.
         """
         changes = {} if added is None else added
         around: WeakKeyDictionary[UNet, UNet] = WeakKeyDictionary()  # of this run: network -> its twin that looks around the edge
 
         def load(name: str) -> UNetDenoiser:
-            denoiser = replace(self.get_adapted(name, changes.get(name, NOTHING)), to_timestep=to_timestep, recorder=recorder)
+            denoiser = replace(self.get_adapted(name, changes.get(name, NOTHING)), to_timestep=to_timestep, recorder=recorder, residuals=residuals)
             if tile is None:
                 return denoiser
             if not isinstance(denoiser.unet, UNet):  # pyright: ignore[reportUnnecessaryIsInstance]  # the library's is passed off as ours

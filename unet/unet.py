@@ -63,6 +63,7 @@ class UNet(nn.Module):
         pooled: Tensor | None = None,
         size_ids: Tensor | None = None,
         recorder: Recorder | None = None,
+        added: tuple[Sequence[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Run the network.
 
@@ -75,6 +76,7 @@ class UNet(nn.Module):
             pooled: (batch, pooled_width); the pooled text, for `class_embed_type` "projection" and `addition_embed_type` "text_time".
             size_ids: (batch, n) SDXL's size ids, for "text_time".
             recorder: see `TextContext`; the fused attention path stays in place.
+            added: what a ControlNet adds to each kept feature map, in their order, and to the middle; None for nothing.
 
         Returns:
             (batch, out_channels, h, w).
@@ -91,6 +93,9 @@ class UNet(nn.Module):
             x = kept[-1]
         if self.mid_block is not None:
             x = self.mid_block(x, time, text)
+        if added is not None:
+            kept = [own + more.to(own.dtype) for own, more in zip(kept, added[0], strict=True)]
+            x = x + added[1].to(x.dtype)
         for block in self.up_blocks:
             x = block(x, kept, time, text)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
