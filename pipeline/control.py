@@ -177,7 +177,7 @@ def _edges(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Canny's edges, white on black, (height, width, 3)."""
     import cv2
 
-    return np.repeat(cv2.Canny(np.ascontiguousarray(picture), *_CANNY)[:, :, None], 3, axis=2)
+    return np.repeat(np.asarray(cv2.Canny(np.ascontiguousarray(picture), *_CANNY), dtype=np.uint8)[:, :, None], 3, axis=2)
 
 
 class ControlNets:
