@@ -105,9 +105,9 @@ class Studio:
 
     def table(self, schedule: SigmaSchedule, request: Request, part: Round) -> ExpertTable:
         """The experts as the denoiser of a round, as the request changes them."""
-        added = self._shelf.adapters(request.loras).unets
+        experts, added = self.experts(), self._shelf.adapters(request.loras).unets
         residuals = self._controls.residuals(request.control, schedule, part.first)
-        return self.experts().table(schedule.timestep_at, ahead=self.roomy, added=added, tile=request.tile, residuals=residuals)
+        return experts.table(schedule.timestep_at, ahead=self.roomy, added=added, tile=request.tile, residuals=residuals)
 
     def codec(self) -> LatentCodec:
         """The codec."""
