@@ -31,7 +31,7 @@ def draw_again(folder: ModelFolder, place: Place, items: Sequence[Item], key: st
     Raises:
         RenderError: it could not be made.
     """
-    for result in render(Studio(folder, place, roomy=True, files=files), [items], 0, Path(), lambda _: None):
+    for result in render(Studio(folder, place, roomy=True, files=files), [items], 0, None, lambda _: None):
         if (result.item.asked, result.item.seed) == (key, seed):
             if isinstance(result, Drawn):
                 return result

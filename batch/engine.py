@@ -20,14 +20,14 @@ Batch = Sequence[Item]
 Tell = Callable[[Stepped], None]
 
 
-def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: Path, tell: Tell) -> Iterator[Drawn | Lost]:
+def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: Path | None, tell: Tell) -> Iterator[Drawn | Lost]:
     """Draw batches.
 
     Args:
         studio: the model; whether it is roomy decides the order.
         batches: each is computed together.
         window_bytes: most bytes that the drafts of a window take, where the model does not fit in memory.
-        folder: where drafts of a window are parked; `parking.forget` them when their pictures are safe.
+        folder: where drafts of a window are parked; `parking.forget` them when their pictures are safe. None parks none.
         tell: told after each step; may raise to stop.
 
     Yields:
@@ -50,7 +50,7 @@ def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: 
         yield from _window(studio, _open_window(studio, waiting, window_bytes, folder), folder, tell)
 
 
-def _open_window(studio: Studio, waiting: list[Batch], window_bytes: int, folder: Path) -> list[tuple[Batch, Draft]]:
+def _open_window(studio: Studio, waiting: list[Batch], window_bytes: int, folder: Path | None) -> list[tuple[Batch, Draft]]:
     """Take batches from `waiting` and encode their prompts, until the window is full; then the pictures that they begin with."""
     window: list[tuple[Batch, Draft]] = []
     size = 0
@@ -59,10 +59,11 @@ def _open_window(studio: Studio, waiting: list[Batch], window_bytes: int, folder
         draft = begin(studio, batch)
         size += draft.bytes
         window.append((batch, draft))
-    return [(batch, taken_up(studio.folder, open_round(studio, draft), batch, folder)) for batch, draft in window]
+    opened = [(batch, open_round(studio, draft)) for batch, draft in window]
+    return opened if folder is None else [(batch, taken_up(studio.folder, draft, batch, folder)) for batch, draft in opened]
 
 
-def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tell: Tell) -> Iterator[Drawn | Lost]:
+def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path | None, tell: Tell) -> Iterator[Drawn | Lost]:
     """Round by round, and expert by expert through the window."""
     for number in range(max(len(draft.parts) for _, draft in window)):
         for i, (batch, draft) in enumerate(window):
@@ -73,7 +74,7 @@ def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tel
         yield from finish(studio, draft)
 
 
-def _through_experts(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path, tell: Tell) -> None:
+def _through_experts(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path | None, tell: Tell) -> None:
     """All that is left of the open rounds; the next expert is fetched while the last batch is still with the one before."""
     names = [entry.name for entry in reversed(studio.folder.experts)]
     for name, below in zip(names, [*names[1:], None], strict=True):
@@ -84,5 +85,6 @@ def _through_experts(studio: Studio, window: list[tuple[Batch, Draft]], folder: 
                 studio.experts().prefetch(below)
             batch, draft = window[i]
             draft = advance(studio, draft, tell)
-            park(draft, batch, folder)
+            if folder is not None:
+                park(draft, batch, folder)
             window[i] = (batch, draft)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from ..pipeline.loading import Place
 from ..pipeline.request import rounds
 from .drafts import advance, begin, finish, open_round
 from .items import Item
 from .plan import Plan, Planned
-from .run import SUMMARY_FILE, missing_batches, there
+from .run import SUMMARY_FILE, missing_batches, missing_items, there
 from .studio import Studio, model_bytes
 
 _STEPS = 4  # of the calibration; the quickest counts, since an expert's first one loads it
@@ -45,22 +46,23 @@ class Expected:
     names: tuple[str, ...]
 
 
-def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_bytes: int, workers: int = 1) -> Expected:
+def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_bytes: int, places: Sequence[Place] | None = None) -> Expected:
     """Look at a plan, and measure: a folder whose last run drew pictures says how long one takes, else a batch is drawn in a few steps.
 
     Args:
-        studio: the model.
+        studio: the model, where it is slowest: each worker draws as many batches, so the slowest says when all are done.
         plan: what is asked for; nothing is written.
         out: the folder.
         part: see `run.draw_missing`.
         window_bytes: see `engine.render`.
-        workers: that share the batches, each on a device like the studio's.
+        places: of all workers that share the batches; those that share a place share its speed, too. None is the studio's alone.
     """
+    together = [studio.place] if places is None else places
     done = there(plan, out)
-    missing = {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
+    missing = missing_items(plan, done)
     batches = missing_batches(plan, missing, part)
     mine = [planned for batch in batches for planned in batch if planned.item.key in missing]
-    seconds, source = _past(out, len(mine)) or _calibrated(studio, batches, workers)
+    seconds, source = _past(out, len(mine)) or _calibrated(studio, batches, together.count(studio.place) / len(together))
     parts = len(studio.folder.experts) + 2
     windows = 1 if studio.roomy else max(1, _draft_bytes(studio, batches) // window_bytes)
     whole = model_bytes(studio.folder, studio.place)
@@ -69,7 +71,7 @@ def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_
         there=len(done),
         missing=len(mine),
         batches=len(batches),
-        loads=parts * max(windows, min(workers, len(batches))) if batches else 0,
+        loads=parts * max(windows, min(len(together), len(batches))) if batches else 0,
         megabytes=round((whole if studio.roomy else min(whole, window_bytes) + whole // parts) / 1e6, 1),
         seconds=round(seconds, 1),
         source=source,
@@ -86,8 +88,11 @@ def _past(out: Path, pictures: int) -> tuple[float, str] | None:
     return None
 
 
-def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], workers: int) -> tuple[float, str]:
-    """From two steps of the first batch and its decoding, by pixels and steps; loading is left out."""
+def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], share: float) -> tuple[float, str]:
+    """From a run of the first batch in `_STEPS` steps and its decoding, by pixels and steps; loading is left out.
+
+    `share` of the batches are computed where the studio is.
+    """
     if not batches:
         return 0.0, "nothing to do"
     items = [_short(one) for planned in batches[0] for one in planned.item.candidates]
@@ -105,7 +110,7 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], workers: i
     step = min(spans, default=0.0) / max(1, len(draft.items))
     pixels = items[0].request.width * items[0].request.height
     work = ((p.item.best_of, part.width * part.height / pixels, part) for batch in batches for p in batch for part in rounds(p.item.request))
-    return sum(n * area * (step * (part.steps - part.first) + decode) for n, area, part in work) / workers, f"{_STEPS} steps of the first batch"
+    return sum(n * area * (step * (part.steps - part.first) + decode) for n, area, part in work) * share, f"{_STEPS} steps of the first batch"
 
 
 def _short(item: Item) -> Item:

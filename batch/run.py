@@ -49,6 +49,7 @@ class Summary:
         drawn: pictures that this run made.
         seconds: that it took.
         loads: part of the model -> how often it was loaded.
+        died: workers that died and were replaced.
     """
 
     asked: int
@@ -59,6 +60,21 @@ class Summary:
     drawn: int
     seconds: float
     loads: Mapping[str, int]
+    died: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A finished picture as the bytes of its file, which can travel between machines."""
+
+    item: Item
+    data: bytes
+    settings: dict[str, Any]
+
+
+def encoded(drawn: Drawn) -> Encoded:
+    """A picture as its file's bytes."""
+    return Encoded(drawn.item, encode_picture(to_image(drawn.pixels), drawn.settings, drawn.item.picture_format), drawn.settings)
 
 
 def settle(plan: Plan, out: Path) -> dict[str, Entry]:
@@ -125,9 +141,9 @@ def draw_missing(
         OutputError: a picture or the journal cannot be written.
         TuDiffuseError: a part of the model cannot be loaded.
     """
-    missing = {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
+    missing = missing_items(plan, done)
     mine = missing_batches(plan, missing, part)
-    batches = [_drawn_together(batch) for batch in mine]
+    batches = [drawn_together(batch) for batch in mine]
     batch_of = {planned.item.key: items for batch, items in zip(mine, batches, strict=True) for planned in batch}
     writing: deque[Future[None]] = deque()
     decoded: list[list[Item]] = []
@@ -148,19 +164,24 @@ def draw_missing(
             written()
             for result in finished:
                 if result.item.key in missing:
-                    writing.append(writer.submit(_keep, missing[result.item.key], result, out, kept))
+                    writing.append(writer.submit(_encode_and_keep, missing[result.item.key], result, out, kept))
             decoded.append(batch)
         written()
 
 
 def forget_finished(plan: Plan, done: Mapping[str, Entry], out: Path) -> None:
     """Remove parked drafts of batches that are done, or that nobody asks for any more."""
-    missing = {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
-    forget_all_but((_drawn_together(batch) for batch in missing_batches(plan, missing, (1, 1))), out)
+    forget_all_but((drawn_together(batch) for batch in missing_batches(plan, missing_items(plan, done), (1, 1))), out)
 
 
-def _drawn_together(batch: Sequence[Planned]) -> list[Item]:
+def drawn_together(batch: Sequence[Planned]) -> list[Item]:
+    """The items of a batch, each with its candidates: what is computed together."""
     return [one for planned in batch for one in planned.item.candidates]
+
+
+def missing_items(plan: Plan, done: Mapping[str, Entry]) -> dict[str, Planned]:
+    """The items that are asked for and not done, by key."""
+    return {planned.item.key: planned for planned in plan.wanted if planned.item.key not in done}
 
 
 def missing_batches(plan: Plan, missing: Mapping[str, Planned], part: tuple[int, int]) -> list[tuple[Planned, ...]]:
@@ -169,16 +190,23 @@ def missing_batches(plan: Plan, missing: Mapping[str, Planned], part: tuple[int,
     return [batch for i, batch in enumerate(plan.batches) if i % parts == number - 1 and any(p.item.key in missing for p in batch)]
 
 
-def _keep(planned: Planned, result: Drawn | Lost, out: Path, kept: Callable[[Entry], None]) -> None:
-    """Write a picture and its line."""
-    entry = Entry(planned.item.key, planned.item.line, "failed", error=result.error) if isinstance(result, Lost) else _published(planned, result, out)
+def _encode_and_keep(planned: Planned, result: Drawn | Lost, out: Path, kept: Callable[[Entry], None]) -> None:
+    keep(planned, result if isinstance(result, Lost) else encoded(result), out, kept)
+
+
+def keep(planned: Planned, result: Encoded | Lost, out: Path, kept: Callable[[Entry], None]) -> None:
+    """Write a picture and its line, and tell of it.
+
+    Raises:
+        OutputError: one of them cannot be written.
+    """
+    if isinstance(result, Lost):
+        entry = Entry(planned.item.key, planned.item.line, "failed", error=result.error)
+    else:
+        path = publish(result.data, out, planned.name)
+        entry = _done(planned, path.relative_to(out).as_posix(), result.settings)
     append(out, entry)
     kept(entry)
-
-
-def _published(planned: Planned, drawn: Drawn, out: Path) -> Entry:
-    path = publish(encode_picture(to_image(drawn.pixels), drawn.settings, planned.item.picture_format), out, planned.name)
-    return _done(planned, path.relative_to(out).as_posix(), drawn.settings)
 
 
 def _done(planned: Planned, name: str, settings: Mapping[str, Any]) -> Entry:
@@ -195,25 +223,39 @@ def _done(planned: Planned, name: str, settings: Mapping[str, Any]) -> Entry:
     )
 
 
-def summarise(plan: Plan, out: Path, blocked: int, drawn: int, started: float, loads: Mapping[str, int]) -> Summary:
+def summarise(
+    plan: Plan,
+    out: Path,
+    blocked: int,
+    before: Mapping[str, Entry],
+    *,
+    part: tuple[int, int],
+    started: float,
+    loads: Mapping[str, int],
+    died: int,
+) -> Summary:
     """Count what is there now and write `summary.json`.
 
     Args:
         plan: what is asked for.
         out: the folder.
         blocked: lines that could not be read.
-        drawn: pictures that this run made.
+        before: from `settle`; what else is done now of the part was drawn by this run.
+        part: see `draw_missing`.
         started: `time.monotonic()` when it began.
-        loads: see `Summary`.
+        loads, died: see `Summary`.
 
     Raises:
         OutputError: it cannot be written.
     """
     written = read_journal(out)
-    states = [_state(written.get(planned.item.key), out) for planned in plan.wanted]
-    counts = {state: states.count(state) for state in ("done", "failed", "skipped")}
+    states = [(planned.item.key, _state(written.get(planned.item.key), out)) for planned in plan.wanted]
+    counts = {state: sum(one == state for _, one in states) for state in ("done", "failed", "skipped")}
+    missing = missing_items(plan, before)
+    mine = {planned.item.key for batch in missing_batches(plan, missing, part) for planned in batch if planned.item.key in missing}
+    drawn = sum(state == "done" and key in mine for key, state in states)
     seconds = round(time.monotonic() - started, 3)
-    summary = Summary(asked=len(states) + blocked, blocked=blocked, drawn=drawn, seconds=seconds, loads=dict(loads), **counts)
+    summary = Summary(asked=len(states) + blocked, blocked=blocked, drawn=drawn, seconds=seconds, loads=dict(loads), died=died, **counts)
     write_whole((json.dumps(asdict(summary), indent=1) + "\n").encode(), out / SUMMARY_FILE)
     return summary
 

@@ -26,6 +26,7 @@ from ..unet.residency import ExpertPool
 from ..vae.codec import LatentCodec
 
 TEXTS_KEPT = 512  # encoded prompts that are remembered
+WINDOW_SHARE = 4  # of the memory, that drafts may take where the model does not fit
 _Key = tuple[Text, tuple[LoraUse, ...], tuple[EmbeddingUse, ...]]
 
 

@@ -61,13 +61,14 @@ def shares(plan: Plan, part: tuple[int, int], workers: int) -> list[Plan]:
     return [replace(plan, batches=plan.batches[number - 1 + parts * i :: parts * workers]) for i in range(workers)]
 
 
-def draw_in_workers(jobs: Sequence[Job], loads: Counter[str], tell: Callable[[Stepped], None]) -> Iterator[Entry]:
+def draw_in_workers(jobs: Sequence[Job], loads: Counter[str], tell: Callable[[Stepped], None], died: Callable[[str], None]) -> Iterator[Entry]:
     """Draw what is missing of each job, all at once. A worker that dies is started once more, and goes on where it stopped.
 
     Args:
         jobs: one a worker, with shares of one plan; the caller holds the folder.
         loads: part of the model -> how often it was loaded; the workers' are added.
         tell: told after each step; may raise to stop, which loses no finished picture.
+        died: told of each worker that died, where and how.
 
     Yields:
         The entry of each item that was drawn or lost, once it is in the journal.
@@ -78,7 +79,7 @@ def draw_in_workers(jobs: Sequence[Job], loads: Counter[str], tell: Callable[[St
     """
     context = get_context("spawn")
     running: dict[Connection, tuple[Job, int, BaseProcess]] = {}
-    died: list[str] = []
+    lost: list[str] = []
 
     def start(job: Job, tries: int) -> None:
         mine, its = context.Pipe(duplex=False)
@@ -100,10 +101,12 @@ def draw_in_workers(jobs: Sequence[Job], loads: Counter[str], tell: Callable[[St
                 except (EOFError, OSError):
                     del running[connection]
                     process.join()
+                    who = f"{job.place.device} (exit code {process.exitcode})"
+                    died(who)
                     if tries < TRIES:
                         start(job, tries + 1)
                     else:
-                        died.append(f"{job.place.device} (exit code {process.exitcode})")
+                        lost.append(who)
                     continue
                 if isinstance(message, Stepped):
                     tell(message)
@@ -120,8 +123,8 @@ def draw_in_workers(jobs: Sequence[Job], loads: Counter[str], tell: Callable[[St
             process.terminate()
         for _, _, process in running.values():
             process.join()
-    if died:
-        raise RenderError(f"the worker on {', '.join(died)} died {TRIES} times; run the same command again to draw what it left.")
+    if lost:
+        raise RenderError(f"the worker on {', '.join(lost)} died {TRIES} times; run the same command again to draw what it left.")
 
 
 def _work(job: Job, parent: Connection) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("flat", "geneval")
 MOST_CANDIDATES = 64
-WINDOW_SHARE = 4  # of the memory, that drafts may take where the model does not fit
 _LINE_OPTIONS = (
     "negative",
     "seed",
@@ -101,6 +101,7 @@ _LINE_OPTIONS = (
 
 
 def batch(
+    context: typer.Context,
     prompts: Annotated[Path | None, typer.Argument(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .tsv; - reads standard input.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; the same command again goes on where it stopped.")] = None,
     model: Model = None,
@@ -165,6 +166,9 @@ def batch(
     dtype: DType = "auto",
     device: Device = "auto",
     devices: Annotated[str | None, typer.Option(metavar="D1,D2,...", help="Draw on several devices at once, as in cuda:0,cuda:1.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS|local", help="Draw on a Ray cluster: HOST:PORT, auto, or local to start one on this machine.")
+    ] = None,
     attention: Attention = "auto",
     quantize: Quantize = "none",
     as_json: Json = False,
@@ -188,12 +192,15 @@ def batch(
 
       tu-diffuse batch prompts.txt --out pictures --devices cuda:0,cuda:1
 
+      tu-diffuse batch prompts.txt --out pictures --ray 10.0.0.1:6379
+
       tu-diffuse batch prompts.txt --out pictures --best-of 4 --score-model ViT-B-32
 
       tu-diffuse batch evaluation_metadata.jsonl --out pictures --layout geneval --count 4
 
     With --json each line has an event: problem (line, column, message), plan (pictures, batches, there), picture (path, line, key, truncated,
-    fallbacks, score, scores), failed (line, key, error), summary (asked, done, failed, blocked, skipped, drawn, seconds, loads).
+    fallbacks, score, scores), failed (line, key, error), died (reason), summary (asked, done, failed, blocked, skipped, drawn, seconds, loads,
+    died).
     """
     del debug  # read in main.py
     from ..batch.options import schema as json_schema
@@ -219,10 +226,15 @@ def batch(
         raise UsageError(f"--best-of {best_of} is out of range; give 2 to {MOST_CANDIDATES}.")
     if devices is not None and device != "auto":
         raise UsageError("--device and --devices contradict each other; leave one of them out.")
-    if (best_of is None) != (score_model is None):
-        raise UsageError("--best-of and --score-model go together; give how many candidates to draw, and the CLIP pair that scores them.")
+    if ray is not None and (devices is not None or dry_run):
+        other = "--devices" if devices is not None else "--dry-run"
+        raise UsageError(f"--ray and {other} contradict each other, since {other} looks at this machine; leave one of them out.")
+    if best_of is not None and score_model is None:
+        raise UsageError(f"--best-of {best_of} has nothing to score with, since no CLIP pair ships with tu-diffuse; name one with --score-model.")
+    if best_of is None and score_model is not None:
+        raise UsageError("--score-model scores candidates, and there are none; give --best-of N too.")
 
-    from ..batch import geneval
+    from ..batch import cluster, geneval
     from ..batch.estimate import expect
     from ..batch.gallery import write_gallery
     from ..batch.items import make_items
@@ -232,7 +244,7 @@ def batch(
     from ..batch.run import draw_missing, forget_finished, settle, summarise
     from ..batch.scores import load_scorer, open_score_model
     from ..batch.sheet import write_sheet
-    from ..batch.studio import Studio, memory_budget, model_bytes
+    from ..batch.studio import WINDOW_SHARE, Studio, memory_budget, model_bytes
     from ..batch.workers import Job, draw_in_workers, shares
     from ..pipeline.adapters import Shelf
     from ..pipeline.folder import open_folder
@@ -241,8 +253,11 @@ def batch(
 
     file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
     folder = open_folder(model, prediction_type)
+    reporter = _Reporter(as_json, out)
     placed = (device if devices is None else devices).split(",")
-    places = [choose_place(dtype, name, attention, quantize) for name in placed]
+    rays = None if ray is None else context.with_resource(cluster.connected(ray, device))
+    where_to = choose_place if rays is None else partial(cluster.place_on, rays)
+    places = [where_to(dtype, name, attention, quantize) for name in placed]
     where = [{"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)} for place in places]
     circumstances: dict[str, Any] = {name: "+".join(sorted({one[name] for one in where})) for name in where[0]}
     circumstances |= {} if quantize == "none" else {"quantize": quantize}
@@ -262,7 +277,6 @@ def batch(
         beside=Path() if str(prompts) == "-" else prompts.parent,
     )
     _refuse_unused([shelf.embedding(text) for text in given.get("embedding", ())], items)
-    reporter = _Reporter(as_json, out)
     for said in shelf.partial:
         reporter.note(said)
     problems = sorted((*file.problems, *refused))
@@ -271,13 +285,13 @@ def batch(
     blocked = len({problem.line for problem in problems})
     if strict and problems:
         raise DataError(f"{blocked} lines of {prompts.name!r} are bad, as listed; correct them, or leave out --strict to draw the others.")
-    budgets = [memory_budget(memory, place) // places.count(place) for place in places]
-    roomy = [model_bytes(folder, place) < budget for place, budget in zip(places, budgets, strict=True)]
+    budgets = [memory_budget(memory, place) // places.count(place) for place in places] if rays is None else []
+    roomy = [model_bytes(folder, place) < budget for place, budget in zip(places, budgets, strict=True)] if rays is None else []
     windows = [budget // WINDOW_SHARE for budget in budgets]
-    studio = Studio(folder, places[0], roomy=roomy[0], files=shelf.files)
     if dry_run:
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
-        reporter.expected(expect(studio, plan, out, which, windows[0], len(places)))
+        slowest = next((i for i, place in enumerate(places) if place.device.type == "cpu"), 0)
+        reporter.expected(expect(Studio(folder, places[slowest], roomy=roomy[slowest], files=shelf.files), plan, out, which, windows[slowest], places))
         return
     try_folder(out)
     shared = shared_arguments(folder, dtype=dtype, device=placed[0], attention=attention, quantize=quantize)
@@ -290,16 +304,25 @@ def batch(
         save_plan(plan, out)
         forget_finished(plan, done, out)
         reporter.plan(plan, len(done))
+        studio: Studio | None = None
         try:
-            if len(places) > 1:
+            if rays is not None:
+                task = cluster.make_task(folder, places[0], memory, rays, clip, shelf.files)
+                told = (loads, reporter.step, reporter.entry, reporter.died)
+                cluster.draw_on_cluster(rays, task, plan, done, out, which, *told)
+            elif len(places) > 1:
                 dealt = zip(places, roomy, windows, shares(plan, which, len(places)), strict=True)
-                for entry in draw_in_workers([Job(folder.path, *one, out, clip, shelf.files) for one in dealt], loads, reporter.step):
+                jobs = [Job(folder.path, *one, out, clip, shelf.files) for one in dealt]
+                for entry in draw_in_workers(jobs, loads, reporter.step, reporter.died):
                     reporter.entry(entry)
             else:
+                studio = Studio(folder, places[0], roomy=roomy[0], files=shelf.files)
                 scorer = None if clip is None else load_scorer(clip, places[0].device)
                 draw_missing(studio, plan, done, out, part=which, window_bytes=windows[0], tell=reporter.step, kept=reporter.entry, scorer=scorer)
         finally:
-            summary = summarise(plan, out, blocked, reporter.drawn, started, loads + Counter(studio.loads))
+            if studio is not None:
+                loads.update(studio.loads)
+            summary = summarise(plan, out, blocked, done, part=which, started=started, loads=loads, died=reporter.deaths)
             reporter.summary(summary)
             write_gallery(folder, plan, out, problems=problems, shared=shared)
         write_sheet(folder, plan, out)  # not after an interruption: it reads every picture
@@ -368,9 +391,9 @@ class _Reporter:
     """Tells of progress: JSON lines on standard output, or paths on standard output and the rest on standard error."""
 
     def __init__(self, as_json: bool, out: Path) -> None:
-        self._json, self._out = as_json, out
+        self._json, self._out, self._stdout = as_json, out, sys.stdout
         self._started, self._wanted, self._there = time.monotonic(), 0, 0
-        self._tried = self.drawn = 0
+        self._tried = self.deaths = 0
 
     def problem(self, problem: "Problem") -> None:
         """Say what is wrong with a line."""
@@ -402,15 +425,19 @@ class _Reporter:
     def entry(self, entry: "Entry") -> None:
         """Say what became of an item."""
         self._tried += 1
-        self.drawn += entry.status == "done"
         facts = {name: value for name, value in asdict(entry).items() if name not in ("status", "file")} | {"progress": self._numbers()}
         if entry.status == "failed":
             self._event("failed", facts, f"line {entry.line}: {entry.error}")
             return
         path = str(self._out / str(entry.file))
-        self._event("picture", {"path": path, **facts}, path, sys.stdout)
+        self._event("picture", {"path": path, **facts}, path, self._stdout)
         for encoder, words in {} if self._json else entry.truncated.items():
             self._event("", {}, f"line {entry.line}: not seen by the text encoder {encoder}: {words}")
+
+    def died(self, reason: str) -> None:
+        """Say that a worker died."""
+        self.deaths += 1
+        self._event("died", {"reason": reason}, f"a worker died and what it had in hand is drawn again: {reason}")
 
     def summary(self, summary: "Summary") -> None:
         """Say what the run came to."""
@@ -436,6 +463,6 @@ class _Reporter:
 
     def _event(self, event: str, facts: dict[str, Any], text: str, stream: TextIO | None = None) -> None:
         if self._json:
-            print(json.dumps({"event": event, **facts}), flush=True)
+            print(json.dumps({"event": event, **facts}), file=self._stdout, flush=True)
         else:
             print(text, file=sys.stderr if stream is None else stream, flush=True)
