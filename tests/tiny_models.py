@@ -22,6 +22,11 @@ from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
 from tu_diffuse.unet.experts import ExpertEntry, write_experts
 
 LENGTH = 16
+CLIP_PAIR: dict[str, Any] = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
 _SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
 _VAE: dict[str, Any] = {
     "block_out_channels": (8, 16),
@@ -261,3 +266,14 @@ def t5_tokenizer(folder: Path) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file."""
     path.write_text(json.dumps(value))
+
+
+def clip_pair_folder(folder: Path) -> Path:
+    """A random CLIP pair in open_clip's layout."""
+    import open_clip
+
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP_PAIR, "preprocess_cfg": {}}))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**CLIP_PAIR).state_dict(), folder / "open_clip_model.safetensors")
+    return folder

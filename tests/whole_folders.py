@@ -11,12 +11,12 @@ from tu_diffuse.batch.journal import read_journal
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """File name -> hash of its pixels, of all pictures in a folder."""
+    """File name -> hash of its pixels, of all pictures in a folder, and in GenEval's folders in it."""
     found: dict[str, str] = {}
-    for path in folder.glob("*.png"):
+    for path in (*folder.glob("*.png"), *folder.glob("*/samples/*.png")):
         if path.name[0].isdigit():
             with Image.open(path) as image:
-                found[path.name] = hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()
+                found[path.relative_to(folder).as_posix()] = hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()
     return found
 
 

@@ -20,6 +20,13 @@ def ensemble(ensemble_folder: Path) -> ModelFolder:
     return open_folder(ensemble_folder)
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_models import clip_pair_folder
+
+    return clip_pair_folder(tmp_path_factory.mktemp("models") / "tiny-clip")
+
+
 @pytest.fixture
 def studio(ensemble: ModelFolder) -> MakeStudio:
     return lambda roomy=True: Studio(ensemble, choose_place(device="cpu"), roomy=roomy)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_models import CLIP_PAIR
 from tu_diffuse.batch.drafts import Drawn, Lost
 from tu_diffuse.batch.journal import read_journal
 from tu_diffuse.batch.scores import Scorer, keep_best
@@ -17,21 +18,6 @@ from tu_diffuse.cli.main import run
 from tu_diffuse.pipeline.metadata import read_metadata
 
 Batch = Callable[..., tuple[int, list[dict[str, Any]]]]
-SHAPE = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP pair in open_clip's layout."""
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": SHAPE, "preprocess_cfg": {}}))
-    torch.manual_seed(0)
-    save_file(open_clip.CLIP(**SHAPE).state_dict(), folder / "open_clip_model.safetensors")
-    return folder
 
 
 @pytest.fixture
@@ -143,6 +129,6 @@ def test_what_cannot_score(batch: Batch, tmp_path: Path, clip_folder: Path):
     wrong = tmp_path / "wrong"
     wrong.mkdir()
     save_file({"x": torch.ones(1)}, wrong / "open_clip_model.safetensors")
-    for config in ({}, {"model_cfg": SHAPE | {"text_cfg": {"hf_model_name": "roberta-base"}}}, {"model_cfg": SHAPE}):
+    for config in ({}, {"model_cfg": CLIP_PAIR | {"text_cfg": {"hf_model_name": "roberta-base"}}}, {"model_cfg": CLIP_PAIR}):
         (wrong / "open_clip_config.json").write_text(json.dumps(config))
         assert batch("a\n", "--best-of", "2", "--score-model", str(wrong))[0] == 4

@@ -1,14 +1,17 @@
 """Killed with SIGKILL and started again until done: the pixels of the run that nobody touched. The 200 kills are in the slow set."""
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from time import sleep
 
+import psutil
 import pytest
-from killed_runs import At, finish, kill_after, kill_at, told
+from killed_runs import At, finish, kill_after, kill_at, start, told
 from whole_folders import check_complete, digests, leftovers
 
 STEPS = 2
@@ -103,6 +106,56 @@ def test_killed_at_named_points_and_resumed(whole: MakeWhole, tmp_path: Path, si
     finish(run.command(out, memory), keys)
     check_complete(out, run.pixels)
     assert rows(keys) <= run.most_rows(len(POINTS[memory]))
+
+
+GENEVAL = {
+    "a folder's line is half written": At("os.rename", r"/metadata\.jsonl$", nth=2, torn=True),
+    "a folder's line is written, not yet renamed": At("os.rename", r"/metadata\.jsonl$", nth=2),
+    "the best of a line is half written": At("os.link", r"\.png$", torn=True),
+    "it has its name, the journal's line is missing": At("open", r"/\.journal\.jsonl\.lock$", nth=2),
+    "it is taken in on resuming": At("open", r"/\.journal\.jsonl\.lock$"),
+}
+
+
+@pytest.mark.parametrize("memory", ["", pytest.param(SHORT, marks=pytest.mark.slow)])
+def test_the_best_of_candidates_in_genevals_folders(ensemble_folder: Path, clip_folder: Path, tmp_path: Path, memory: str) -> None:
+    lines, count, best_of = 2, 3, 2
+    prompts, keys, size = tmp_path / "evaluation_metadata.jsonl", tmp_path / "keys.jsonl", 4
+    prompts.write_text("".join(json.dumps({"prompt": f"picture {number}", "tag": "colors"}) + "\n" for number in range(lines)))
+    options = f"--layout geneval --count {count} --best-of {best_of} --batch-size {size} --steps {STEPS} --sampler euler_a --device cpu {memory}"
+    arguments = ["batch", str(prompts), "--model", str(ensemble_folder), "--score-model", str(clip_folder), *options.split(), "--out"]
+    finish([*arguments, str(tmp_path / "whole")], tmp_path / "whole.jsonl")
+    whole = digests(tmp_path / "whole")
+    assert len(set(whole.values())) == lines * count
+    points = GENEVAL | (PARKING if memory else {})
+    for what, at in points.items():
+        print(what)
+        kill_at([*arguments, str(tmp_path / "out")], keys, at)
+        assert digests(tmp_path / "out").items() <= whole.items()
+    finish([*arguments, str(tmp_path / "out")], keys)
+    check_complete(tmp_path / "out", whole)
+    assert rows(keys) <= (lines * count * best_of + len(points) * size) * STEPS + len(points) * size
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_with_workers_on_two_devices(whole: MakeWhole, tmp_path: Path, kills: int) -> None:
+    """The workers end with the process that started them, and the next one goes on where they stopped."""
+    run, out, keys = whole(12 if kills == 1 else 200, 2), tmp_path / "out", tmp_path / "keys.jsonl"
+    arguments = [part for part in run.command(out, "--devices cpu,cpu") if part not in ("--device", "cpu")]
+    for kill in range(1, kills + 1):
+        process = start(arguments, keys)
+        while len(digests(out)) < min(kill * 12 // (kills + 1), 11) * len(run.pixels) // 12:
+            assert process.is_alive(), keys.with_suffix(".err").read_text()
+            sleep(0.02)
+        workers = psutil.Process(process.pid).children()
+        assert len([worker for worker in workers if "spawn_main" in " ".join(worker.cmdline())]) == 2
+        process.kill()
+        process.join(60)
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
+        assert digests(out).items() <= run.pixels.items()
+    finish(arguments, keys)
+    check_complete(out, run.pixels)
+    assert rows(keys) <= run.most_rows(2 * kills)
 
 
 def where(out: Path) -> str:

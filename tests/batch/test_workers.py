@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
+from time import sleep
 
 import numpy as np
 import psutil
@@ -68,9 +69,10 @@ def test_the_pictures_of_one_process_though_a_worker_is_killed(plan: Plan, studi
             killed.append(victim.pid)
             victim.kill()
 
-    out, loads = tmp_path / "out", Counter[str]()
-    entries = list(draw_in_workers(jobs(plan, studio, out), loads, tell))
+    out, loads, deaths = tmp_path / "out", Counter[str](), list[str]()
+    entries = list(draw_in_workers(jobs(plan, studio, out), loads, tell, deaths.append))
     assert killed
+    assert deaths == ["cpu (exit code -9)"]
     assert {entry.key for entry in there(plan, out).values()} == {planned.item.key for planned in plan.wanted}
     assert len({entry.key for entry in entries}) >= 5  # a line that was written but not told before the kill is in the journal
     assert digests(out) == digests(whole)
@@ -90,12 +92,30 @@ def test_what_a_dead_worker_left_is_drawn_by_the_next_run(plan: Plan, studio, tm
     mine = jobs(plan, studio, out)
     killer.start()
     with pytest.raises(RenderError, match=r"cpu \(exit code -9\), cpu \(exit code -9\) died 2 times"):
-        list(draw_in_workers(mine, Counter(), lambda _: None))
+        list(draw_in_workers(mine, Counter(), lambda _: None, lambda _: None))
     over.set()
     killer.join()
-    summary = summarise(plan, out, 0, 0, 0.0, {})
+    summary = summarise(plan, out, 0, {}, part=(1, 1), started=0.0, loads={}, died=4)
+    assert summary.drawn == summary.done
     assert (summary.asked, summary.skipped + summary.done) == (7, 7)
     assert summary.skipped > 0
+
+
+def test_pictures_that_nobody_was_told_of_before_an_interruption_are_counted(plan: Plan, studio, tmp_path: Path):
+    """A worker writes its pictures, and is stopped before this process reads of them."""
+    out = tmp_path / "out"
+
+    def tell(event: Stepped) -> None:
+        while len(there(plan, out)) < 2:
+            sleep(0.05)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(draw_in_workers(jobs(plan, studio, out), Counter(), tell, lambda _: None))
+    summary = summarise(plan, out, 0, {}, part=(1, 1), started=0.0, loads={}, died=0)
+    assert 2 <= summary.drawn == summary.done == len(digests(out))
+    before = there(plan, out)
+    assert summarise(plan, out, 0, before, part=(1, 1), started=0.0, loads={}, died=0).drawn == 0
 
 
 def test_the_command_on_two_devices(ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,166 @@
+"""Drawing on a Ray cluster of two nodes: the pictures of one process, whoever dies."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import pytest
+from killed_runs import finish, start, told
+from ray_clusters import Dying, drawing, ray_cluster
+from tu_diffuse.batch import cluster
+from tu_diffuse.batch.cluster import Cluster, Task, connected, draw_on_cluster, make_task, pieces
+from tu_diffuse.batch.plan import Plan, extend
+from tu_diffuse.batch.run import there
+from tu_diffuse.cli.main import run
+from tu_diffuse.errors import ModelError, RenderError, UsageError
+from tu_diffuse.pipeline.folder import ModelFolder
+from whole_folders import check_complete, digests, leftovers, summary_of
+
+PICTURES, SIZE, STEPS = 16, 2, 4
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with ray_cluster(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def whole(ensemble_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("whole")
+    finish(command(ensemble_folder, folder), folder / "keys.jsonl")
+    return digests(folder / "out")
+
+
+def command(model: Path, folder: Path, *options: str) -> list[str]:
+    (folder / "prompts.txt").write_text("".join(f"picture {number}\n" for number in range(PICTURES)))
+    common = f"--batch-size {SIZE} --steps {STEPS} --sampler euler_a"
+    return ["batch", str(folder / "prompts.txt"), "--out", str(folder / "out"), "--model", str(model), *common.split(), *options]
+
+
+def wait_for_a_picture(keys: Path, process: Any) -> None:
+    while not any("memory" in line for line in told(keys)):
+        assert process.is_alive(), keys.with_suffix(".err").read_text()
+        sleep(0.02)
+
+
+def test_the_pictures_of_one_process_though_a_worker_is_killed_while_it_draws(
+    ensemble_folder: Path, address: str, whole: dict[str, str], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.jsonl"
+    process = start(command(ensemble_folder, tmp_path, "--ray", address), keys)
+    wait_for_a_picture(keys, process)
+    victims = drawing()
+    assert victims
+    victims[0].kill()
+    process.join(300)
+    said = keys.with_suffix(".err").read_text()
+    assert process.exitcode == 0, said
+    check_complete(tmp_path / "out", whole)
+    assert len(set(whole.values())) == PICTURES
+    rows = sum(line.get("rows", 0) for line in told(keys))
+    assert PICTURES * STEPS <= rows <= (PICTURES + SIZE) * STEPS + SIZE  # repeated: a batch, and a step of the next
+    summary = summary_of(tmp_path / "out")
+    assert (summary["drawn"], summary["died"]) == (PICTURES, 1)
+    assert said.count("a worker died") == 1
+    assert said.count(".png\n") == PICTURES
+    assert drawing() == []
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_expert_by_expert(ensemble_folder: Path, address: str, whole: dict[str, str], tmp_path: Path) -> None:
+    keys, out = tmp_path / "keys.jsonl", tmp_path / "out"
+    arguments = command(ensemble_folder, tmp_path, "--ray", address, "--memory", "1e-4")
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        keys.unlink(missing_ok=True)
+        process = start(arguments, keys)
+        wait_for_a_picture(keys, process)
+        os.kill(process.pid, number)
+        process.join(120)
+        said = keys.with_suffix(".err").read_text()
+        assert process.exitcode == code, said
+        assert "Traceback" not in said
+        assert 0 < summary_of(out)["drawn"] < PICTURES
+        assert digests(out).items() < whole.items()
+        assert leftovers(out) == []
+        assert drawing() == []
+    finish(arguments, keys)
+    check_complete(out, whole)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own(ensemble_folder: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    keys = tmp_path / "keys.jsonl"
+    finish(command(ensemble_folder, tmp_path, "--ray", "local"), keys)
+    check_complete(tmp_path / "out", whole)
+    assert drawing() == []
+
+
+@pytest.mark.slow
+def test_a_batch_that_kills_its_workers_is_left_and_its_neighbours_are_drawn(
+    address: str, items, ensemble: ModelFolder, studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_Worker", Dying)
+    prompts = [Dying.PROMPT if number == 9 else f"picture {number}" for number in range(16)]
+    plan = extend(Plan(ensemble.fingerprint), items(*prompts, steps=1), 1)
+    deaths: list[str] = []
+    with connected(address, "cpu") as found:
+        task = make_task(ensemble, studio().place, None, found, None)
+        told: tuple[Any, ...] = (cluster.Counter(), lambda _: None, lambda _: None, deaths.append)
+        with pytest.raises(RenderError, match="2 times of each of 1 batches"):
+            draw_on_cluster(found, task, plan, {}, tmp_path, (1, 1), *told)
+    drawn = {planned.item.request.prompt for planned in plan.wanted if planned.item.key in there(plan, tmp_path)}
+    assert drawn == set(prompts) - {Dying.PROMPT}
+    assert 2 <= len(deaths) <= 6
+
+
+@pytest.fixture
+def task(ensemble: ModelFolder, studio) -> Task:
+    return make_task(ensemble, studio().place, None, Cluster(1, {}, 1), None)
+
+
+def test_a_worker_refuses_another_model_and_another_version(task: Task) -> None:
+    assert cluster._Worker(task)._opened().folder.fingerprint == task.fingerprint
+    with pytest.raises(ModelError, match="is not the one here"):
+        cluster._Worker(replace(task, fingerprint="0" * 64))._opened()
+    with pytest.raises(ModelError, match=r"has tu-diffuse .* and this is 9\.9"):
+        cluster._Worker(replace(task, version="9.9"))._opened()
+
+
+def test_an_error_in_a_worker_comes_after_what_it_made(task: Task, items) -> None:
+    worker = cluster._Worker(replace(task, fingerprint="0" * 64))
+    with pytest.raises(ModelError):
+        list(worker.draw([items("a")]))
+
+
+def test_pieces_grow_smaller_and_are_the_whole() -> None:
+    for count, workers in ((0, 2), (1, 4), (7, 1), (40, 2), (1000, 16)):
+        batches = [[number] for number in range(count)]
+        sizes = [len(piece) for piece in pieces(batches, workers)]  # pyright: ignore[reportArgumentType]
+        assert [batch for piece in pieces(batches, workers) for batch in piece] == batches  # pyright: ignore[reportArgumentType]
+        assert sizes == sorted(sizes, reverse=True)
+        assert not sizes or sizes[-1] == 1
+    assert sizes[0] == 31
+
+
+def test_how_many_workers_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.torch, "get_num_threads", lambda: 4)
+    cores, gpus = {"CPU": 16.0}, {"CPU": 8.0, "GPU": 2.0}
+    assert cluster._measured([cores, gpus], "auto") == Cluster(2, {"num_gpus": 1}, 1)
+    assert cluster._measured([cores, gpus], "cpu") == Cluster(6, {"num_cpus": 4}, 4)
+    assert cluster._measured([{"CPU": 1.0}, {"CPU": 2.0}, {}], "auto") == Cluster(1, {"num_cpus": 2}, 1)
+    with pytest.raises(UsageError):
+        cluster._measured([{"memory": 1.0}], "auto")
+
+
+@pytest.mark.parametrize(
+    "options", [["--ray", "ray://head:10001"], ["--ray", "local", "--devices", "cpu,cpu"], ["--ray", "local", "--dry-run"], ["--ray", "nonsense"]]
+)
+def test_what_contradicts_or_cannot_be_reached(ensemble_folder: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(ensemble_folder, tmp_path, *options)) == 2
+    assert "--ray" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
