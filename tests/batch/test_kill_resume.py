@@ -110,7 +110,7 @@ def test_killed_at_named_points_and_resumed(whole: MakeWhole, tmp_path: Path, si
 
 GENEVAL = {
     "a folder's line is half written": At("os.rename", r"/metadata\.jsonl$", nth=2, torn=True),
-    "a folder's line is written, not yet renamed": At("os.rename", r"/metadata\.jsonl$", nth=2),
+    "a folder's line is written, not yet renamed": At("os.rename", r"/metadata\.jsonl$"),
     "the best of a line is half written": At("os.link", r"\.png$", torn=True),
     "it has its name, the journal's line is missing": At("open", r"/\.journal\.jsonl\.lock$", nth=2),
     "it is taken in on resuming": At("open", r"/\.journal\.jsonl\.lock$"),
