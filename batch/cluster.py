@@ -23,6 +23,7 @@ from .. import __version__
 from ..errors import ModelError, RenderError, UsageError
 from ..pipeline.folder import EMBEDDED, ModelFolder, open_folder
 from ..pipeline.loading import Place, choose_place
+from ..pipeline.lora_files import lora_sha256
 from .drafts import Drawn, Lost, Stepped
 from .engine import render
 from .items import Item
@@ -71,6 +72,7 @@ class Task:
         gib: of memory to stay within on each machine, or None; see `memory_budget`.
         neighbours: see `Cluster`.
         clip: what scores candidates, where items have some.
+        files: see `Studio`; on their machines too.
     """
 
     version: str
@@ -81,13 +83,15 @@ class Task:
     gib: float | None
     neighbours: int
     clip: ScoreModel | None
+    files: Mapping[str, Path]
 
 
-def make_task(folder: ModelFolder, place: Place, gib: float | None, cluster: Cluster, clip: ScoreModel | None) -> Task:
-    """What the workers of a cluster are told of a model that lies here."""
+def make_task(folder: ModelFolder, place: Place, gib: float | None, cluster: Cluster, clip: ScoreModel | None, files: Mapping[str, Path]) -> Task:
+    """What the workers of a cluster are told of a model and files that lie here."""
     path = None if folder.path == EMBEDDED else folder.path.absolute()
     scores = None if clip is None else replace(clip, folder=clip.folder.absolute())
-    return Task(__version__, path, folder.fingerprint, place, torch.get_num_threads(), gib, cluster.neighbours, scores)
+    beside = {sha256: file.absolute() for sha256, file in files.items()}
+    return Task(__version__, path, folder.fingerprint, place, torch.get_num_threads(), gib, cluster.neighbours, scores, beside)
 
 
 @contextmanager
@@ -286,7 +290,7 @@ class _Worker:
         """The model, which must be that of the run.
 
         Raises:
-            ModelError: it is another one, or this is another version of the program.
+            ModelError: it or a file beside it is another one, or this is another version of the program.
         """
         if self._studio is not None:
             return self._studio
@@ -301,9 +305,12 @@ class _Worker:
             if open_score_model(task.clip.folder).hash != task.clip.hash:
                 raise ModelError(f"score model {task.clip.folder.name!r} on a machine of the cluster is not the one here; copy it to all of them.")
             self._scorer = load_scorer(task.clip, task.place.device)
+        for sha256, file in task.files.items():
+            if not file.is_file() or lora_sha256(file) != sha256:
+                raise ModelError(f"{file.name!r} on a machine of the cluster is not the file here; copy it to the same path on all of them.")
         budget = memory_budget(task.gib, task.place) // task.neighbours
         self._window = budget // WINDOW_SHARE
-        self._studio = Studio(folder, task.place, roomy=model_bytes(folder, task.place) < budget)
+        self._studio = Studio(folder, task.place, roomy=model_bytes(folder, task.place) < budget, files=task.files)
         return self._studio
 
     def _draw(self, piece: Piece, send: Callable[[Stepped | Drawn | Lost | Counter[str]], None]) -> None:

@@ -291,7 +291,9 @@ def batch(
     if dry_run:
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
         slowest = next((i for i, place in enumerate(places) if place.device.type == "cpu"), 0)
-        reporter.expected(expect(Studio(folder, places[slowest], roomy=roomy[slowest], files=shelf.files), plan, out, which, windows[slowest], places))
+        reporter.expected(
+            expect(Studio(folder, places[slowest], roomy=roomy[slowest], files=shelf.files), plan, out, which, windows[slowest], places)
+        )
         return
     try_folder(out)
     shared = shared_arguments(folder, dtype=dtype, device=placed[0], attention=attention, quantize=quantize)

@@ -109,7 +109,7 @@ def test_a_batch_that_kills_its_workers_is_left_and_its_neighbours_are_drawn(
     plan = extend(Plan(ensemble.fingerprint), items(*prompts, steps=1), 1)
     deaths: list[str] = []
     with connected(address, "cpu") as found:
-        task = make_task(ensemble, studio().place, None, found, None)
+        task = make_task(ensemble, studio().place, None, found, None, {})
         told: tuple[Any, ...] = (cluster.Counter(), lambda _: None, lambda _: None, deaths.append)
         with pytest.raises(RenderError, match="2 times of each of 1 batches"):
             draw_on_cluster(found, task, plan, {}, tmp_path, (1, 1), *told)
@@ -120,13 +120,15 @@ def test_a_batch_that_kills_its_workers_is_left_and_its_neighbours_are_drawn(
 
 @pytest.fixture
 def task(ensemble: ModelFolder, studio) -> Task:
-    return make_task(ensemble, studio().place, None, Cluster(1, {}, 1), None)
+    return make_task(ensemble, studio().place, None, Cluster(1, {}, 1), None, {})
 
 
 def test_a_worker_refuses_another_model_and_another_version(task: Task) -> None:
     assert cluster._Worker(task)._opened().folder.fingerprint == task.fingerprint
     with pytest.raises(ModelError, match="is not the one here"):
         cluster._Worker(replace(task, fingerprint="0" * 64))._opened()
+    with pytest.raises(ModelError, match="is not the file here"):
+        cluster._Worker(replace(task, files={"0" * 64: Path("lora.safetensors")}))._opened()
     with pytest.raises(ModelError, match=r"has tu-diffuse .* and this is 9\.9"):
         cluster._Worker(replace(task, version="9.9"))._opened()
 

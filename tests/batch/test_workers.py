@@ -45,7 +45,7 @@ def plan(items, ensemble: ModelFolder) -> Plan:
 def jobs(plan: Plan, studio, out: Path) -> list[Job]:
     out.mkdir()
     one = studio()
-    return [Job(one.folder.path, one.place, True, 0, share, out, None) for share in shares(plan, (1, 1), 2)]
+    return [Job(one.folder.path, one.place, True, 0, share, out, None, {}) for share in shares(plan, (1, 1), 2)]
 
 
 def test_shares_are_the_whole_and_do_not_overlap(plan: Plan):
