@@ -46,7 +46,7 @@ class Expected:
     names: tuple[str, ...]
 
 
-def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_bytes: int, places: Sequence[Place] | None = None) -> Expected:
+def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_bytes: int, places: Sequence[Place]) -> Expected:
     """Look at a plan, and measure: a folder whose last run drew pictures says how long one takes, else a batch is drawn in a few steps.
 
     Args:
@@ -55,14 +55,13 @@ def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_
         out: the folder.
         part: see `run.draw_missing`.
         window_bytes: see `engine.render`.
-        places: of all workers that share the batches; those that share a place share its speed, too. None is the studio's alone.
+        places: of all workers that share the batches; those that share a place share its speed, too.
     """
-    together = [studio.place] if places is None else places
     done = there(plan, out)
     missing = missing_items(plan, done)
     batches = missing_batches(plan, missing, part)
     mine = [planned for batch in batches for planned in batch if planned.item.key in missing]
-    seconds, source = _past(out, len(mine)) or _calibrated(studio, batches, together.count(studio.place) / len(together))
+    seconds, source = _past(out, len(mine)) or _calibrated(studio, batches, places.count(studio.place) / len(places))
     parts = len(studio.folder.experts) + 2
     windows = 1 if studio.roomy else max(1, _draft_bytes(studio, batches) // window_bytes)
     whole = model_bytes(studio.folder, studio.place)
@@ -71,7 +70,7 @@ def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_
         there=len(done),
         missing=len(mine),
         batches=len(batches),
-        loads=parts * max(windows, min(len(together), len(batches))) if batches else 0,
+        loads=parts * max(windows, min(len(places), len(batches))) if batches else 0,
         megabytes=round((whole if studio.roomy else min(whole, window_bytes) + whole // parts) / 1e6, 1),
         seconds=round(seconds, 1),
         source=source,
