@@ -11,7 +11,7 @@ import typer
 from ..errors import UsageError
 from .info import lines_of
 from .opening import open_unpacked
-from .options import EXIT_CODES, Debug, Json, PredictionType
+from .options import EXIT_CODES, Debug, Json, Loras, PredictionType
 
 if TYPE_CHECKING:
     from ..pipeline.hub import HubName
@@ -225,6 +225,7 @@ def convert(
     out: Annotated[Path, typer.Option("--out", metavar="MODEL", help="What is written: a file where it ends in .safetensors, else a folder.")],
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16. [default: as stored]")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take a single file's averaged U-Net (model_ema.) instead of the other.")] = False,
+    lora: Loras = None,
     prediction_type: PredictionType = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -242,14 +243,22 @@ def convert(
 
       tu-diffuse models convert sd21-768.safetensors --prediction-type v --out sd21
 
+      tu-diffuse models convert sd15 --lora style.safetensors:0.8 --out styled
+
     With --json one line: path, and what `models info` prints of the new model.
     """
     del debug  # read in main.py
+    from ..pipeline.adapters import Shelf
     from ..pipeline.convert import convert as convert_model
     from ..pipeline.describe import describe
     from ..pipeline.folder import open_folder
 
-    convert_model(open_folder(model, prediction_type), out, dtype, ema)
+    folder = open_folder(model, prediction_type)
+    shelf = Shelf(folder)
+    adapters = shelf.adapters(tuple(shelf.lora(text) for text in lora or []))
+    for said in shelf.partial:
+        print(said, file=sys.stderr)
+    convert_model(folder, out, dtype, ema, adapters)
     print(json.dumps({"path": str(out), **describe(open_folder(out))}) if as_json else out)
 
 

@@ -8,6 +8,7 @@ The base weights are never changed: what a LoRA changes is computed from them, a
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UnsafeError, UsageError
 from ..text_encoders.clip import CLIPTextConfig
 from ..unet.experts import ExpertEntry
 from ..unet.lora import NOTHING, Added, LowRank, Pairs, with_pairs
@@ -281,10 +282,11 @@ def find_by_hash(paths: Sequence[Path], wanted: Iterable[LoraUse | EmbeddingUse]
     for file in sorted(listed, key=lambda file: file.name not in names):
         if not left:
             break
-        digest = lora_sha256(find_lora(file))
-        if digest in left:
-            found[digest] = file
-            del left[digest]
+        with suppress(ModelError, UnsafeError):  # other files of a folder need not be good
+            digest = lora_sha256(find_lora(file))
+            if digest in left:
+                found[digest] = file
+                del left[digest]
     if left:
         options = " and ".join(sorted({one.option for one in left.values()}, reverse=True))
         raise UsageError(f"{missing_files(left.values())}; name the file, or a folder that holds it, with {options}.")
@@ -297,28 +299,14 @@ def missing_files(wanted: Iterable[LoraUse | EmbeddingUse]) -> str:
     return f"{', '.join(named)} {'is' if len(named) == 1 else 'are'} not there"
 
 
-def baked_unet(adapters: Adapters, expert: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an expert's U-Net with the LoRAs added for good.
+def baked(adapters: Adapters, network: str, state: Mapping[str, Tensor], experts: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a network with the LoRAs added for good.
 
     Args:
         adapters: from `Shelf.adapters`.
-        expert: whose U-Net it is.
-        state: its tensors, by diffusers' names; none is changed.
-
-    Returns:
-        All tensors in the dtypes that they had.
-    """
-    return _baked(state, adapters.change(expert).unet.pairs)
-
-
-def baked_text(adapters: Adapters, component: str, state: Mapping[str, Tensor], experts: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of a text encoder, or of the join of two, with the LoRAs added for good.
-
-    Args:
-        adapters: from `Shelf.adapters`.
-        component: such as "text_encoder_2".
-        state: its tensors, by transformers' names of any version; none is changed.
-        experts: those that read prompts with it.
+        network: "unet", or a component of the text side such as "text_encoder_2".
+        state: its tensors, by diffusers' or transformers' names of any version; none is changed.
+        experts: those whose U-Net it is, or that read prompts with it.
 
     Returns:
         All tensors in the dtypes that they had.
@@ -326,13 +314,11 @@ def baked_text(adapters: Adapters, component: str, state: Mapping[str, Tensor], 
     Raises:
         UsageError: the LoRAs are for one of the experts and not for another, and one file cannot hold both.
     """
-    added = [adapters.change(expert).text(component) for expert in experts]
+    changes = [adapters.change(expert) for expert in experts]
+    added = [change.unet if network == UNET else change.text(network) for change in changes]
     if len({one.key for one in added}) > 1:
-        raise UsageError(f"the LoRAs change {component} for some experts only, which share it; leave out @EXPERT, or use them with --lora.")
-    return _baked(state, added[0].pairs if added else {})
-
-
-def _baked(state: Mapping[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
+        raise UsageError(f"the LoRAs change {network} for some only of the experts that share it; leave out @EXPERT, or use them with --lora.")
+    pairs = added[0].pairs if added else {}
     names = {module: f"{module if f'{module}.weight' in state else module.removeprefix(TEXT_PREFIX)}.weight" for module in pairs}
     return {**state, **{names[module]: with_pairs(state[names[module]], own).to(state[names[module]].dtype) for module, own in pairs.items()}}
 

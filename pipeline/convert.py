@@ -32,6 +32,7 @@ from ..unet.experts import write_experts
 from ..vae.autoencoder import modernise_keys
 from ..vae.config import AutoencoderConfig
 from ..weights import placed, read_safetensors, read_weights, single_file_layout, within_single_file
+from .adapters import NO_ADAPTERS, Adapters, baked
 from .folder import ModelFolder, open_folder
 from .loading import DTYPES
 from .staging import copy_folder, staged_folder, write_file
@@ -40,7 +41,7 @@ _WEIGHTS = "diffusion_pytorch_model"
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def convert(model: ModelFolder, out: Path, dtype: str | None = None, ema: bool = False) -> None:
+def convert(model: ModelFolder, out: Path, dtype: str | None = None, ema: bool = False, adapters: Adapters = NO_ADAPTERS) -> None:
     """Write a model as a single file, where `out` ends in .safetensors, or as a folder in diffusers' layout.
 
     Args:
@@ -48,9 +49,11 @@ def convert(model: ModelFolder, out: Path, dtype: str | None = None, ema: bool =
         out: must not exist.
         dtype: a name in `loading.DTYPES` for all floating-point tensors; None keeps theirs.
         ema: of a single file, its averaged U-Net (`model_ema.`) in place of the other.
+        adapters: LoRAs to add for good.
 
     Raises:
-        UsageError: `out` exists, a dtype that is not known, or `ema` of a model without such weights.
+        UsageError: `out` exists, a dtype that is not known, `ema` of a model without such weights, or LoRAs for some only of the experts that share a
+            text encoder.
         ModelError: damaged weights, values beyond the range of `dtype`, or a model that a single file cannot hold.
         OutputError: `out` cannot be written.
     """
@@ -59,12 +62,13 @@ def convert(model: ModelFolder, out: Path, dtype: str | None = None, ema: bool =
     inner = within_single_file(model.path)
     average = _average(model) if ema else None
     cast = partial(_cast, dtype=None if dtype is None else DTYPES[dtype])
+    read = partial(_read, model, adapters, average)
     if out.suffix == ".safetensors":
-        _write_single_file(model, out, cast, average)
+        _write_single_file(model, out, cast, read)
     elif inner is not None:
-        _unpack(model, out, cast, average)
+        _unpack(model, out, cast, read)
     else:
-        _write_folder(model, out, cast)
+        _write_folder(model, out, cast, read)
 
 
 def unpacked(model: ModelFolder) -> ModelFolder:
@@ -104,6 +108,18 @@ def _cast(state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) 
     return tensors
 
 
+Read = Callable[[str], dict[str, Tensor]]
+"""Component or expert's subfolder to its tensors, with what is added to them."""
+
+
+def _read(model: ModelFolder, adapters: Adapters, average: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
+    if name in ("unet", *(entry.subfolder for entry in model.experts)):
+        stored = {key: one.tensor for key, one in read_expert(model.path / name).items()} if average is None else average
+        return baked(adapters, "unet", stored, [entry.name for entry in model.experts if entry.subfolder == name])
+    readers = [entry.name for entry in model.experts if entry.text is None or name in entry.text.parts.values()]
+    return baked(adapters, name, read_weights(model.path / name, _stem(name)), readers)
+
+
 def _average(model: ModelFolder) -> dict[str, Tensor]:
     """The averaged U-Net of a single file, under the folder's names. In the file its names have lost their dots."""
     inner = within_single_file(model.path)
@@ -115,7 +131,7 @@ def _average(model: ModelFolder) -> dict[str, Tensor]:
     return {name: stored[other].reshape(pieces[name].shape) for name, other in flat.items()}
 
 
-def _unpack(model: ModelFolder, out: Path, cast: Cast, average: Mapping[str, Tensor] | None) -> None:
+def _unpack(model: ModelFolder, out: Path, cast: Cast, read: Read) -> None:
     inner = within_single_file(model.path)
     assert inner is not None
     layout = single_file_layout(inner.file)
@@ -124,28 +140,26 @@ def _unpack(model: ModelFolder, out: Path, cast: Cast, average: Mapping[str, Ten
         for name, content in documents(layout, inner.prediction).items():
             _write_json(staged / name, content)
         for part in layout.components:
-            state = average if part == "unet" and average is not None else read_weights(model.path / part)
-            save_file(cast(state, model.path / part), staged / part / f"{_stem(part)}.safetensors", metadata={"format": "pt"})
+            save_file(cast(read(part), model.path / part), staged / part / f"{_stem(part)}.safetensors", metadata={"format": "pt"})
         for folder in staged.glob("tokenizer*"):
             _write_json(folder / "vocab.json", clip_words(merges, _BEGIN, _END))
             lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
             (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _write_folder(model: ModelFolder, out: Path, cast: Cast) -> None:
+def _write_folder(model: ModelFolder, out: Path, cast: Cast, read: Read) -> None:
     with staged_folder(out) as staged:
         copy_folder(model.path, staged, shutil.copyfile)
         for part in model.parts:
             source, target = model.path / part, staged / part
             copy_folder(source, target, _copy_document)
             if part == "vae" or part == "conditioner" or part.startswith("text_encoder"):
-                save_file(cast(read_weights(source, _stem(part)), source), target / f"{_stem(part)}.safetensors", {"format": "pt"})
+                save_file(cast(read(part), source), target / f"{_stem(part)}.safetensors", {"format": "pt"})
         for subfolder in dict.fromkeys(["unet", *(entry.subfolder for entry in model.experts)]):
             source, target = model.path / subfolder, staged / subfolder
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(chain(source)[-1] / "config.json", target / "config.json")
-            state = {name: stored.tensor for name, stored in read_expert(source).items()}
-            save_file(cast(state, source), target / f"{_WEIGHTS}.safetensors", metadata={"format": "pt"})
+            save_file(cast(read(subfolder), source), target / f"{_WEIGHTS}.safetensors", metadata={"format": "pt"})
         if (model.path / "experts.json").exists():
             write_experts(staged, [replace(entry, sha256=expert_sha256(staged / entry.subfolder)) for entry in model.experts])
 
@@ -156,7 +170,7 @@ def _copy_document(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_single_file(model: ModelFolder, out: Path, cast: Cast, average: Mapping[str, Tensor] | None) -> None:
+def _write_single_file(model: ModelFolder, out: Path, cast: Cast, read: Read) -> None:
     if out.exists():
         raise UsageError(f"--out {out.name!r} exists and is never overwritten; give another name, or remove it first.")
     family = model.family if model.family != "sd" else "sd2" if model.configs["text_encoder"].get("hidden_act") == "gelu" else "sd1"
@@ -165,11 +179,10 @@ def _write_single_file(model: ModelFolder, out: Path, cast: Cast, average: Mappi
         raise ModelError(f"{model.name!r} cannot be a single file: these hold SD 1, SD 2, SDXL or its refiner with one U-Net; write a folder.")
     path = model.path
     try:
-        unet = average if average is not None else {name: stored.tensor for name, stored in read_expert(path / expert.subfolder).items()}
-        tensors = unet_tensors(unet, model.configs[expert.subfolder])
-        tensors |= vae_tensors(modernise_keys(read_weights(path / "vae")), model.configs["vae"])
+        tensors = unet_tensors(read(expert.subfolder), model.configs[expert.subfolder])
+        tensors |= vae_tensors(modernise_keys(read("vae")), model.configs["vae"])
         for part in TEXT_PREFIXES[family]:
-            tensors |= text_tensors(clip_state_dict(read_weights(path / part, "model")), model.configs[part], family, part)
+            tensors |= text_tensors(clip_state_dict(read(part)), model.configs[part], family, part)
     except KeyError as error:
         raise ModelError(f"{model.name!r} has the tensor {error}, for which single files have no name; write a folder.") from None
     if model.configs["scheduler"].get("rescale_betas_zero_snr"):

@@ -258,8 +258,8 @@ def test_nan_costs_one_picture(items, studio, monkeypatch: pytest.MonkeyPatch, t
     if where == "text":
         original = Studio.read
 
-        def read(self: Studio, request: Any) -> Any:
-            said = original(self, request)
+        def read(self: Studio, request: Any, part: Any) -> Any:
+            said = original(self, request, part)
             if request.prompt == "bad":
                 for one in said.values():
                     one.prompt.tokens[:] = value

@@ -13,7 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tu_diffuse.errors import ModelError, UnsafeError, UsageError
-from tu_diffuse.pipeline.adapters import Shelf, baked_text, baked_unet, lora_spec
+from tu_diffuse.pipeline.adapters import Shelf, lora_spec
+from tu_diffuse.pipeline.adapters import baked as added_for_good
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.unet.ldm_names import ldm_names
 
@@ -27,8 +28,8 @@ def baked(model: Path, *texts: str) -> dict[str, dict[str, Tensor]]:
     adapters = shelf.adapters(tuple(map(shelf.lora, texts)))
     pipeline = pipeline_of(model)
     parts = {name: getattr(pipeline, name).state_dict() for name in ("text_encoder", "text_encoder_2") if getattr(pipeline, name, None) is not None}
-    return {"unet": baked_unet(adapters, "unet", pipeline.unet.state_dict())} | {
-        name: baked_text(adapters, name, state, ["unet"]) for name, state in parts.items()
+    return {"unet": added_for_good(adapters, "unet", pipeline.unet.state_dict(), ["unet"])} | {
+        name: added_for_good(adapters, name, state, ["unet"]) for name, state in parts.items()
     }
 
 

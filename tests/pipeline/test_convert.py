@@ -5,8 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from lora_files import write_diffusers
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tu_diffuse.cli.main import run
@@ -22,9 +25,9 @@ Checkpoint = Callable[[str], tuple[Path, Path]]
 UNET = "model.diffusion_model."
 
 
-def pixels(folder: Path) -> torch.Tensor:
+def pixels(folder: Path, **settings: str) -> torch.Tensor:
     model = load_model(open_folder(folder), dtype="float32", device="cpu")
-    return next(event.pixels for event in text_to_image(model, resolve(model.folder, "a", [5], steps=3)) if isinstance(event, Picture))
+    return next(event.pixels for event in text_to_image(model, resolve(model.folder, "a", [5], steps=3, **settings)) if isinstance(event, Picture))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -79,6 +82,37 @@ def test_folders_with_experts_stored_as_deltas(sd1_folder: Path, tmp_path: Path)
     assert int((pixels(tmp_path / "half").int() - pixels(tmp_path / "trained").int()).abs().max()) <= 32
     with pytest.raises(ModelError, match="cannot be a single file"):
         convert(open_folder(tmp_path / "trained"), tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_loras_are_added_for_good(checkpoint: Checkpoint, tmp_path: Path, family: str):
+    """U-Net and text encoders; folder and single file, in either direction, draw what `--lora` draws."""
+    folder, file = checkpoint(family)
+    spec = f"{write_diffusers(tmp_path / 'style.safetensors', folder)}:0.3"
+    command = [
+        "generate",
+        "a",
+        "--model",
+        str(folder),
+        "--seed",
+        "5",
+        "--steps",
+        "3",
+        "--device",
+        "cpu",
+        "--sampler",
+        "euler",
+        "--schedule",
+        "leading",
+        "--out",
+    ]
+    assert run([*command, str(tmp_path / "wanted.png"), "--lora", spec]) == 0
+    assert run([*command, str(tmp_path / "plain.png")]) == 0
+    wanted, plain = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("wanted", "plain"))
+    assert (wanted != plain).mean() > 0.5
+    for source, name in ((folder, "a"), (folder, "b.safetensors"), (file, "c"), (file, "d.safetensors")):
+        assert run(["models", "convert", str(source), "--out", str(tmp_path / name), "--lora", spec]) == 0
+        assert np.array_equal(pixels(tmp_path / name, sampler="euler", schedule="leading").numpy(), wanted)
 
 
 def edited(folder: Path, target: Path, name: str, **values: object) -> Path:

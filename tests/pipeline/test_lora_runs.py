@@ -1,6 +1,7 @@
 """Whole runs with LoRAs and embeddings: diffusers' latents, hot swap that leaves no trace, experts, prompt files, replay."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.adapters import Shelf, baked_text
+from tu_diffuse.pipeline.adapters import Shelf, baked
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, adapted_to, load_model
 from tu_diffuse.pipeline.lora_fit import networks_of
@@ -142,8 +143,8 @@ def test_one_expert_or_all(ensemble_folder: Path, ensemble_lora: Path):
     with pytest.raises(UsageError, match=r"the expert 'middle', which this model does not have; it has low, high"):
         shelf.lora(f"{ensemble_lora}@middle")
     adapters = shelf.adapters((low,))
-    with pytest.raises(UsageError, match="for some experts only"):
-        baked_text(adapters, "text_encoder", {}, ["low", "high"])
+    with pytest.raises(UsageError, match="for some only of the experts"):
+        baked(adapters, "text_encoder", {}, ["low", "high"])
 
 
 def test_a_lora_of_sdxl_base_leaves_its_refiner_alone(sdxl_folder: Path, refiner_folder: Path, tmp_path: Path):
@@ -314,7 +315,12 @@ def test_a_picture_records_what_was_added_and_is_replayed(ran: Ran, ensemble_fol
         ("cat.safetensors", "<cat>", ["text_encoder"], 2)
     ]
     assert str(files) not in out.read_bytes().decode("latin1")
-    assert ran("replay", out, "--model", ensemble_folder, "--lora", files)[0]["equal"]
+    shelf = tmp_path / "shelf" / "by hash"
+    shelf.mkdir(parents=True)
+    (shelf / "a.safetensors").write_bytes(b"no weights")
+    shutil.copy(files / "all.safetensors", shelf / "renamed.safetensors")
+    shutil.copy(files / "cat.safetensors", shelf)
+    assert ran("replay", out, "--model", ensemble_folder, "--lora", shelf.parent)[0]["equal"]
     assert ran("replay", out, "--model", ensemble_folder, "--lora", files / "all.safetensors", "--embedding", files / "cat.safetensors")[0]["equal"]
     assert run(["replay", str(out), "--model", str(ensemble_folder), "--embedding", str(files / "cat.safetensors")]) == 2
     assert f"all.safetensors (SHA-256 {settings['loras'][0]['hash'][:12]}…) is not there" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tu_diffuse.errors import UsageError
-from tu_diffuse.pipeline.adapters import Shelf, baked_text, baked_unet
+from tu_diffuse.pipeline.adapters import Shelf, baked
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve
@@ -80,12 +80,12 @@ def assert_baked(folder: Path, loras: list[str], trained: Path) -> None:
     assert all(use.matched == use.keys > 0 for use in uses)
     adapters, names = shelf.adapters(uses), [entry.name for entry in model.experts]
     for own, other in zip(model.experts, wanted.experts, strict=True):
-        got = baked_unet(adapters, own.name, {name: stored.tensor for name, stored in read_expert(folder / own.subfolder).items()})
+        got = baked(adapters, "unet", {name: stored.tensor for name, stored in read_expert(folder / own.subfolder).items()}, [own.name])
         for name, stored in read_expert(trained / other.subfolder).items():
             torch.testing.assert_close(got[name], stored.tensor, atol=1e-6, rtol=1e-5)
     for component in ("text_encoder", "text_encoder_2", "conditioner"):
         for path in (folder / component).glob("*.safetensors"):
-            got = baked_text(adapters, component, load_file(path), names)
+            got = baked(adapters, component, load_file(path), names)
             for name, tensor in load_file(trained / component / path.name).items():
                 torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=1e-5)
 
