@@ -115,7 +115,7 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], share: flo
 def _short(item: Item) -> Item:
     edit = None if item.request.edit is None else replace(item.request.edit, strength=1.0)
     schedule = "linspace" if item.request.sampler != "lcm" else "lcm"
-    return replace(item, request=replace(item.request, steps=_STEPS, sigmas=None, schedule=schedule, edit=edit, upscale=None))
+    return replace(item, request=replace(item.request, steps=_STEPS, sigmas=None, schedule=schedule, edit=edit, upscale=None, control=None))
 
 
 def _draft_bytes(studio: Studio, batches: Sequence[Sequence[Planned]]) -> int:

@@ -5,7 +5,8 @@ every evaluation of an ordinary network sees it at the noise level of that evalu
 2201.09865, equation 8, without resampling); an inpainting network sees mask and masked picture beside the latents instead. In the end the
 kept pixels are those of the picture itself.
 
-Random numbers come from each picture's own stream in diffusers' order: the draw from the VAE's Gaussian, the noise, the masked picture's draw.
+Random numbers come from each picture's own stream in diffusers' order: the draw from the VAE's Gaussian (none where it has no
+variance), the noise, the masked picture's draw.
 """
 
 from collections.abc import Callable, Sequence
@@ -158,7 +159,7 @@ def encoded(codec: LatentCodec, pictures: Sequence[NDArray[Any]], generators: Se
             mean, std, had_to = codec.posterior(pixels.to(_device(codec)))
             gaussians[content] = mean, std
             fallbacks += had_to[0]
-        rows.append(sample_posterior(*gaussians[content], [generator]))
+        rows.append(sample_posterior(*gaussians[content], [generator]) if codec.has_variance else gaussians[content][0])
     return torch.cat(rows), tuple(fallbacks)
 
 

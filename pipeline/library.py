@@ -108,6 +108,7 @@ class LibraryVAE(nn.Module):
         super().__init__()
         self.vae = vae
         self.config = _Scale(vae.config, factor)
+        self.has_variance = isinstance(vae, AutoencoderKL | AsymmetricAutoencoderKL)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures in [-1, 1] to mean and log-variance of their unscaled latents; an autoencoder without variance gets one of e^-30."""

@@ -73,6 +73,8 @@ class Autoencoder(nn.Module):
         backend: kernel of the attention at the coarsest level.
     """
 
+    has_variance = True
+
     def __init__(self, config: AutoencoderConfig, backend: AttentionBackend = AttentionBackend.AUTO):
         super().__init__()
         self.config = config

@@ -290,6 +290,8 @@ class Decoder(nn.Module):
 class AutoencoderDC(nn.Module):
     """The whole autoencoder; its latents are unscaled (`codec.py` scales them)."""
 
+    has_variance = False
+
     def __init__(self, config: AutoencoderDCConfig):
         super().__init__()
         self.config = config

@@ -103,6 +103,11 @@ class LatentCodec:
         self.config = vae.config
         self.tile_rows = tile_rows
 
+    @property
+    def has_variance(self) -> bool:
+        """Whether q(z|x) has a variance of its own; where it has none, a sample is the mean and takes no noise."""
+        return self.vae.has_variance
+
     def tiled(self, axes: str | None) -> "LatentCodec":
         """A codec of pictures that meet themselves along `axes` ("x", "y" or "xy"), over the same weights; this one where there are none.
 

@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lora_files import LINEAR, pipeline_of, write_diffusers
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import randomised
-from tu_diffuse.errors import ModelError
+from tu_diffuse.errors import ModelError, UsageError
 from tu_diffuse.pipeline.adapters import Shelf
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import adapted_to, load_model
@@ -62,6 +64,24 @@ def test_fallback_draws_what_diffusers_draws(odd_folder: Path):
     assert (latents - wanted).abs().max() <= 1e-4 * max(1.0, float(wanted.abs().max()))
     assert (picture.pixels.permute(2, 0, 1) / 255 - image).abs().max() <= 2 / 255
     assert picture.settings["fallbacks"] == ["vae-by-diffusers", "unet-by-diffusers"]
+
+
+def test_fallback_begins_with_pictures(odd_folder: Path, tmp_path: Path):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(picture)
+    model = load_model(open_folder(odd_folder), dtype="float32", device="cpu")
+    request = resolve(model.folder, "a cat", [3], steps=4, guidance=3.0, init_image=picture, strength=0.75)
+    latents = [event.x0 for event in text_to_image(model, request) if isinstance(event, Progress)][-1]
+    pipeline = StableDiffusionImg2ImgPipeline.from_pretrained(odd_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 4, "guidance_scale": 3.0, "strength": 0.75, "output_type": "latent"}
+    wanted = pipeline("a cat", image=Image.open(picture), generator=torch.Generator().manual_seed(3), **asked).images
+    assert wanted.std() > 0.02
+    assert (latents - wanted).abs().max() <= 1e-4 * max(1.0, float(wanted.abs().max()))
+    with pytest.raises(UsageError, match="--tile needs"):
+        list(text_to_image(model, resolve(model.folder, "a cat", [3], tile="x")))
 
 
 def test_deltas_of_what_the_library_computes(odd_folder: Path, tmp_path: Path):
