@@ -134,3 +134,12 @@ def test_choices_that_are_refused(text: str, message: str) -> None:
 def test_only_an_explicit_weight_in_plain_text_is_worth_a_word() -> None:
     assert all(map(looks_weighted, ["a (red:1.3) apple", "(a:.5)", "(16:9)"]))
     assert not any(map(looks_weighted, ["a (red) apple", "see: (this)", "[a:b:0.5]", "(a:b)", "at 12:30"]))
+
+
+def test_another_spelling_keeps_the_weights_around_it() -> None:
+    [part] = parse("a (Cat:2), cat (b:0.5)")
+    spelled_out = part.with_spelling("cat", "cat cat_1")
+    assert spelled_out.text == "a cat cat_1, cat cat_1 b"
+    assert spelled_out.weights == (1, 1, *[2] * 9, 1, 1, *[1] * 9, 1, 0.5)
+    assert Part("a Cat").with_spelling("cat", "x y") == Part("a x y")
+    assert Part("a dog").with_spelling("cat", "x y") == Part("a dog")
