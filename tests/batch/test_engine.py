@@ -99,7 +99,7 @@ def test_each_text_is_read_once(items, studio, monkeypatch: pytest.MonkeyPatch, 
     from tu_diffuse.batch import studio as module
 
     def counted(readers: Any, text: Any, original: Any = module._read) -> Any:
-        read[text[0]] += 1
+        read[text.prompt] += 1
         return original(readers, text)
 
     monkeypatch.setattr(module, "_read", counted)
