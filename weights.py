@@ -168,6 +168,15 @@ def single_file_layout(file: Path) -> Layout:
     return layout_of(file.name, *_header(file))
 
 
+def file_metadata(file: Path) -> Mapping[str, str]:
+    """The metadata in a safetensors file's header.
+
+    Raises:
+        ModelError: a damaged file.
+    """
+    return _header(file)[1]
+
+
 def _read_component(inner: Inner) -> dict[str, Tensor]:
     pieces = _pieces(inner)
     read_header(inner.file)

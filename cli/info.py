@@ -11,10 +11,16 @@ from ..errors import UsageError
 from ..single_file import PICKLE_SUFFIXES, SUFFIX
 from .options import Debug, Json, PredictionType
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def info(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[PICTURE|MODEL]", help="A picture, or a model's folder or single file. [default: the embedded model]")
+        Path | None,
+        typer.Argument(
+            metavar="[PICTURE|MODEL]",
+            help="A picture, or a model: folder, single file, LoRA, or OWNER/NAME in the hub's cache. [default: the embedded model]",
+        ),
     ] = None,
     prediction_type: PredictionType = None,
     as_json: Json = False,
@@ -33,6 +39,10 @@ def info(
     With --json one line: for a picture the settings it carries, for a model what tu-diffuse models info prints.
     """
     del debug  # read in main.py
+    from ..pipeline.hub import found
+
+    if path is not None and path.suffix not in PICTURES:
+        path = found(path, fetch=False)
     if path is not None and not path.exists():
         raise UsageError(f"{str(path)!r} is not there; name a picture or a model.")
     if path is not None and path.is_file() and path.suffix not in (SUFFIX, *PICKLE_SUFFIXES):
@@ -42,15 +52,24 @@ def info(
 
         facts = read_metadata(path)
     else:
-        from ..pipeline.describe import describe
-        from ..pipeline.folder import open_folder
-
-        facts = describe(open_folder(path, prediction_type))
+        facts = facts_of(path, prediction_type)
     if as_json:
         print(json.dumps(facts))
     else:
         for line in lines_of(facts):
             print(line)
+
+
+def facts_of(path: Path | None, prediction_type: str | None) -> dict[str, Any]:
+    """What a model is, or a LoRA file, or a folder of one network."""
+    from ..pipeline.describe import describe, describe_weights, is_weights_alone
+    from ..pipeline.folder import open_folder
+
+    if path is not None and is_weights_alone(path):
+        if prediction_type is not None:
+            raise UsageError(f"--prediction-type is for single-file checkpoints, and {path.name!r} is none; leave it out.")
+        return describe_weights(path)
+    return describe(open_folder(path, prediction_type))
 
 
 def lines_of(facts: Mapping[str, Any], indent: str = "") -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from .info import lines_of
+from .info import facts_of, lines_of
 from .opening import open_unpacked
 from .options import EXIT_CODES, Debug, Json, Loras, PredictionType
 
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A model of the hub; OWNER/NAME@REVISION is a branch, tag or commit of it.")]
 AnyModel = Annotated[
-    Path | None, typer.Argument(metavar="[MODEL]", help="A model folder, or OWNER/NAME in the hub's cache. [default: the embedded model]")
+    Path | None, typer.Argument(metavar="[MODEL]", help="A folder, a single file, or OWNER/NAME in the hub's cache. [default: the embedded model]")
 ]
 
 
@@ -115,8 +115,10 @@ def list_models(
 
 
 @app.command(epilog=EXIT_CODES)
-def info(model: AnyModel = None, as_json: Json = False, debug: Debug = False) -> None:
+def info(model: AnyModel = None, prediction_type: PredictionType = None, as_json: Json = False, debug: Debug = False) -> None:
     """Show what a model is: family, licence, parts, parameters, experts with their noise levels, size, hash. No weights are loaded.
+
+    A LoRA file, or a folder of one network such as a T5 encoder, is described too.
 
     Examples:
 
@@ -124,14 +126,13 @@ def info(model: AnyModel = None, as_json: Json = False, debug: Debug = False) ->
 
       tu-diffuse models info models/my-sdxl --json
 
-    With --json one line: kind, name, commit, hash, licence, family, prediction, size_multiple, parameters, megabytes, defaults, experts and parts.
+    With --json one line: kind, name, commit, hash, licence, family, prediction, size_multiple, parameters, megabytes, defaults, experts and parts;
+    of a LoRA or network kind, name, commit, licence, architecture, tensors, parameters, dtype and megabytes.
     """
     del debug  # read in main.py
-    from ..pipeline.describe import describe
-    from ..pipeline.folder import open_folder
     from ..pipeline.hub import found
 
-    facts = describe(open_folder(None if model is None else found(model, fetch=False)))
+    facts = facts_of(None if model is None else found(model, fetch=False), prediction_type)
     if as_json:
         print(json.dumps(facts))
     else:

@@ -3,15 +3,18 @@
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..errors import ModelError
 from ..unet.deltas import LORA, TENSORS, chain, own_files
 from ..unet.experts import ExpertEntry
 from ..unet.lora import read_lora
-from ..weights import read_header, read_headers, tensor_bytes, weight_bytes, within_single_file
+from ..weights import file_metadata, read_header, read_headers, read_json, tensor_bytes, weight_bytes, within_single_file
 from .folder import ModelFolder, expert_bytes
+from .hub import CONFIGS, origin_of
 
 CARD_CHARACTERS = 65536  # of a model card's beginning, that are read
 
@@ -76,8 +79,50 @@ def describe_experts(folder: ModelFolder) -> dict[str, Any]:
     }
 
 
+def describe_weights(path: Path) -> dict[str, Any]:
+    """Facts about a LoRA file, or a folder of one network such as a T5 encoder, JSON-compatible.
+
+    Returns:
+        kind ("lora" or "network"), name, commit (of a hub's model), licence, architecture (as the file or its config names it, else None), tensors,
+        parameters, dtype, megabytes.
+
+    Raises:
+        ModelError: a damaged file, or there are no weights.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{path.name!r} holds no safetensors weights; give a model folder, a single file or a LoRA.")
+    metadata, root = file_metadata(files[0]), path.parent if path.is_file() else path
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    named = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    origin = origin_of(root)
+    tensors = [entry for file in files for entry in read_header(file).values()]
+    return {
+        "kind": "lora" if path.is_file() else "network",
+        "name": path.resolve().name if origin is None else origin.repo,
+        "commit": None if origin is None else origin.revision,
+        "licence": metadata.get("modelspec.license") or (None if path.is_file() and origin is None else licence(root)),
+        "architecture": named or metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version"),
+        "tensors": len(tensors),
+        **_parameters(tensors),
+        "megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 1),
+    }
+
+
+def is_weights_alone(path: Path) -> bool:
+    """Whether `describe_weights` describes this: a LoRA file, by the names of its tensors, or a folder of one network."""
+    if path.is_file():
+        return path.suffix == ".safetensors" and any("lora" in name for name in read_header(path))
+    return not (path / "model_index.json").is_file() and any((path / config).is_file() for config in CONFIGS)
+
+
 def licence(folder: Path) -> str | None:
-    """What a model card says of its licence in its front matter: `license_name` where there is one, else `license`; None where it says nothing."""
+    """What a model says of its licence: a single file in its metadata (`modelspec.license`), a folder in the front matter of its card, as
+    `license_name` where there is one, else as `license`. None where it says nothing.
+    """
+    inner = within_single_file(folder)
+    if inner is not None:
+        return file_metadata(inner.file).get("modelspec.license")
     card = folder / "README.md"
     if not card.is_file():
         return None
@@ -130,8 +175,11 @@ def _own_bytes(folder: Path) -> int:
 
 
 def _weights(folder: Path, stem: str) -> dict[str, Any]:
+    return _parameters(read_headers(folder, stem).values()) | {"megabytes": round(weight_bytes(folder, stem) / 1e6, 1)}
+
+
+def _parameters(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     parameters: Counter[str] = Counter()
-    for entry in read_headers(folder, stem).values():
+    for entry in tensors:
         parameters[entry["dtype"]] += prod(entry["shape"])
-    size = weight_bytes(folder, stem)
-    return {"parameters": parameters.total(), "dtype": "+".join(sorted(parameters)), "megabytes": round(size / 1e6, 1)}
+    return {"parameters": parameters.total(), "dtype": "+".join(sorted(parameters))}

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hub_stand_in import Hub, files_below, hub_stand_in, use_hub
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tu_diffuse.cli.main import run
+from tu_diffuse.pipeline.describe import licence
 from tu_diffuse.pipeline.folder import open_folder
 
 Said = Callable[..., list[dict[str, Any]]]
@@ -31,6 +33,29 @@ def test_info(ensemble_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert facts["megabytes"] == pytest.approx(sum(path.stat().st_size for path in weights) / 1e6, abs=0.3)
     assert run(["info", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == facts
+
+
+def test_info_of_weights_alone(hub: Hub, tmp_path: Path, said: Said, capsys: Any):
+    lora = tmp_path / "cats.safetensors"
+    tensors = {
+        "lora_unet_x.lora_down.weight": torch.ones(2, 8),
+        "lora_unet_x.lora_up.weight": torch.ones(8, 2),
+        "lora_unet_x.alpha": torch.tensor(2.0),
+    }
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, lora, {"modelspec.license": "mine", "ss_base_model_version": "sd_v1"})
+    expected = {"kind": "lora", "name": "cats.safetensors", "commit": None, "licence": "mine", "architecture": "sd_v1", "tensors": 3}
+    for command in (["info"], ["models", "info"]):
+        assert said(*command, lora)[0] == expected | {"parameters": 33, "dtype": "F16", "megabytes": 0.0}
+    assert licence(lora / "epsilon") == "mine"  # as a single-file checkpoint is asked
+    shutil.copytree(tmp_path, tmp_path / "t5", ignore=shutil.ignore_patterns("cache", "t5"))
+    (tmp_path / "t5" / "config.json").write_text('{"architectures": ["T5EncoderModel"]}')
+    commit = hub.push("me/t5", files_below(tmp_path / "t5") | {"README.md": b"---\nlicense: mit\n---\n"})
+    assert run(["info", "me/t5"]) == 2  # not fetched
+    assert (hub.requests, "models pull me/t5" in capsys.readouterr().err) == ([], True)
+    hub.push("me/t5", {name.replace("cats", "model"): data for name, data in hub.commits["me/t5"][commit].items()})
+    said("models", "pull", "me/t5")
+    [facts] = said("info", "me/t5")
+    assert (facts["kind"], facts["name"], facts["architecture"], facts["parameters"]) == ("network", "me/t5", "T5EncoderModel", 33)
 
 
 @pytest.fixture
