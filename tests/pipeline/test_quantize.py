@@ -14,8 +14,9 @@ from torch import nn
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import choose_place, load_model
+from tu_diffuse.pipeline.loading import choose_place, load_model, load_texts
 from tu_diffuse.pipeline.quantize import check_quantize, quantized
+from tu_diffuse.text_encoders.encode import ClipT5Part
 from tu_diffuse.unet.lora import LowRank, adapted
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -61,7 +62,9 @@ def test_every_linear_layer_of_text_encoders_and_experts_is_small(ensemble_folde
         assert all(module.weight.qdata.dtype == torch.int8 for module in linear)
         assert [p.shape for p in narrow.parameters()] == [p.shape for p in wide.parameters()]
         assert torch.equal(narrow.conv_in.weight, wide.conv_in.weight)
-    towers = [part.model for part in (small.texts["low"].clip, small.texts["low"].t5)]
+    parts = load_texts(folder, choose_place(quantize="int8"))["low"]
+    assert isinstance(parts, ClipT5Part)
+    towers = [parts.clip.model, parts.load_t5().model]
     assert all(module.weight.qdata.dtype == torch.int8 for tower in towers for module in tower.modules() if isinstance(module, nn.Linear))
 
 
