@@ -80,14 +80,21 @@ class LibraryDenoiser:
             extra |= {"down_block_additional_residuals": control[0], "mid_block_additional_residual": control[1]}
         if conditioning.shown is not None:
             scaled = torch.cat([scaled, conditioning.shown], dim=1)
-        output = self.unet(
-            scaled.to(dtype),
-            t,
-            conditioning.tokens.to(dtype),
-            encoder_attention_mask=conditioning.mask,
-            return_dict=False,
-            **extra,
-        )[0].float()
+        try:
+            output = self.unet(
+                scaled.to(dtype),
+                t,
+                conditioning.tokens.to(dtype),
+                encoder_attention_mask=conditioning.mask,
+                return_dict=False,
+                **extra,
+            )[0].float()
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise
+            raise ModelError(
+                f"diffusers cannot compute this U-Net ({str(error).splitlines()[0]:.200}); its config.json is not that of its weights."
+            ) from error
         match self.prediction_type:
             case "epsilon":
                 return x - level * output

@@ -72,7 +72,7 @@ def json_mutation(data: bytes, random: Random) -> bytes:
                 container[key] = container[key] * random.choice((-1, 0, 2, 3, 1000, 10**6, 10**12))
             case 4:
                 deep: Any = []
-                for _ in range(random.choice((5, 40, 900))):
+                for _ in range(random.choice((5, 40, 300))):
                     deep = [deep]
                 container[key] = deep
             case _:

@@ -41,14 +41,20 @@ def open_clip_text_config(data: Mapping[str, object]) -> CLIPTextConfig:
     text = _table(model.get("text_cfg"), "text_cfg")
     for name, value in text.items():
         if name not in _READ | _NO_EFFECT and value not in (None, False, _NEUTRAL.get(name)):
-            raise ModelError(f"the open_clip text tower has {name} = {value!r}; a plain CLIP tower was wanted; use the library's own loader for it")
-    width = text.get("width", 512)
+            raise ModelError(
+                f"the open_clip text tower has {name!r:.100} = {value!r:.100}; a plain CLIP tower was wanted; use the library's own loader for it"
+            )
+    width, ratio = text.get("width", 512), text.get("mlp_ratio", 4.0)
+    if type(width) is not int or not isinstance(ratio, int | float) or not 0 < ratio <= 64:
+        raise ModelError(
+            f"the open_clip text tower has width = {width!r:.100} and mlp_ratio = {ratio!r:.100}; numbers were wanted; repair its config"
+        )
     return CLIPTextConfig.from_dict(
         {
             "model_type": "clip_text_model",
             "vocab_size": text.get("vocab_size", 49408),
             "hidden_size": width,
-            "intermediate_size": int(width * text.get("mlp_ratio", 4.0)),
+            "intermediate_size": int(width * ratio),
             "num_hidden_layers": text.get("layers", 12),
             "num_attention_heads": text.get("heads", 8),
             "max_position_embeddings": text.get("context_length", 77),
@@ -61,7 +67,7 @@ def open_clip_text_config(data: Mapping[str, object]) -> CLIPTextConfig:
 
 def _table(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ModelError(f"the open_clip config has {name} = {value!r}; an object was wanted; repair its open_clip_config.json")
+        raise ModelError(f"the open_clip config has {name} = {value!r:.100}; an object was wanted; repair its open_clip_config.json")
     return cast("dict[str, Any]", value)
 
 

@@ -63,7 +63,7 @@ def check(codes: Counter[int]) -> None:
     assert codes[3] > 0
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(2))
 def test_mutated_models_end_in_one_sentence(model_only: Scene, tmp_path: Path, block: int):
     check(Counter(fuzz(model_only, tmp_path / "case", seed) for seed in range(50 * block, 50 * (block + 1))))
 
@@ -71,8 +71,8 @@ def test_mutated_models_end_in_one_sentence(model_only: Scene, tmp_path: Path, b
 def test_mutated_single_files_end_in_one_sentence(checkpoint: Checkpoint, tmp_path: Path):
     single = checkpoint("sd1")[1]
     assert run(["info", str(single)]) == 0
-    codes = Counter(fuzz_file(single, tmp_path / "case", seed) for seed in range(20))
-    assert codes[4] > 10
+    codes = Counter(fuzz_file(single, tmp_path / "case", seed) for seed in range(6))
+    assert codes[4] > 3
 
 
 @pytest.mark.slow

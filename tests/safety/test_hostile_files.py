@@ -32,7 +32,7 @@ def test_headers(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "with --debug" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name if number % 3 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(HEADERS)])
+@pytest.mark.parametrize("name", [name if number % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(HEADERS)])
 def test_headers_of_adapters(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
     for number, command in enumerate(("generate --lora", "generate --embedding")):
         scene = whole.copy(tmp_path / str(number))
@@ -44,7 +44,7 @@ def test_headers_of_adapters(whole: Scene, tmp_path: Path, capsys: pytest.Captur
         assert "with --debug" not in said
 
 
-@pytest.mark.parametrize("name", [name if number % 2 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(CONFIGS)])
+@pytest.mark.parametrize("name", [name if number % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for number, name in enumerate(CONFIGS)])
 def test_configs(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
     code, said = ends(whole, tmp_path / "scene", CONFIGS[name], "generate", capsys)
     assert code in (2, 3, 4), said
