@@ -77,7 +77,7 @@ def fine_tune(workers: Workers, jobs: list[Job]) -> None:
             held[:] = [held_bytes()]
             if len(steps) == job.killed_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return len(steps) == job.told_at
+            return len(steps) == job.told_at and workers.rank == workers.count - 1  # one is told, all stop
 
         def keep_draft(draft: Path, step: int, job: Job = job) -> None:
             shutil.copytree(draft, job.out / f"draft-{step}", dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,25 @@ def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path: Pa
     assert one.scaler["scale"] == 16384  # halved twice
     for name, tensor in one.model.items():
         torch.testing.assert_close(two.model[name], tensor, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [PARTS | {"lora": None}, {"precision": "float16"}, {"precision": "bfloat16", "lora": 2}])
+def test_whole_text_encoders_and_half_precision(ensemble_folder: Path, shards: str, tmp_path: Path, options: dict[str, Any]) -> None:
+    """As two processes with a copy each: in float16 the gradient of a process's own rows may overflow where that of the whole batch does not."""
+    job = Job(ensemble_folder, shards, tmp_path / "copies", COMMON | options)
+    together(2, fine_tune, [job])
+    together(2, fine_tune, [replace(job, out=tmp_path / "two", options=job.options | SHARED, told_at=2)])
+    stopped = load_newest(tmp_path / "two" / "checkpoints")
+    assert stopped is not None
+    assert stopped.step == 2
+    together(2, fine_tune, [replace(job, out=tmp_path / "two", options=job.options | SHARED)])
+    [theirs], [ours] = log_of(tmp_path / "copies"), log_of(tmp_path / "two")
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5 if "precision" not in options else 1e-3)
+    copies, two = (load_newest(tmp_path / name / "checkpoints") for name in ("copies", "two"))
+    assert copies is not None
+    assert two is not None
+    assert copies.scaler == two.scaler
 
 
 USED = {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_OFFLOAD_PARAMS": "false"}
