@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, OutputError, UsageError
 from ..schedulers.noise import NoiseSchedule
 from ..single_file.documents import documents
 from ..single_file.layout import EMA, TEXT_PREFIXES, Layout, layout_of
@@ -194,8 +195,12 @@ def _write_single_file(model: ModelFolder, out: Path, cast: Cast, read: Read) ->
     except ModelError as error:
         raise ModelError(f"{model.name!r} cannot be a single file, because it would be read as another model: {error} Write a folder.") from None
     written = cast(tensors, path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, lambda partial_file: save_file(written, partial_file, metadata=about))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, lambda unfinished: save_file(written, unfinished, metadata=about))
+    except (OSError, SafetensorError) as error:
+        out.with_name(f".{out.name}.partial").unlink(missing_ok=True)
+        raise OutputError(f"--out {out.name!r} cannot be written ({error}); free space or give another place.") from error
 
 
 def _check_same(model: ModelFolder, layout: Layout) -> None:

@@ -152,6 +152,9 @@ def test_the_command(checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.Capt
     assert "use one of float32, float16, bfloat16" in capsys.readouterr().err
     assert run(["models", "convert", str(file), "--out", str(tmp_path / "folder")]) == 0
     assert torch.equal(pixels(tmp_path / "folder"), pixels(file))
+    for out in (tmp_path / "a.safetensors" / "b.safetensors", tmp_path / "a.safetensors" / "folder"):
+        assert run(["models", "convert", str(folder), "--out", str(out)]) == 74
+    assert "cannot be written" in capsys.readouterr().err
     assert run(["models", "convert", str(tmp_path / "folder"), "--out", str(tmp_path / "b"), "--prediction-type", "v"]) == 2
 
 
