@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -199,7 +200,8 @@ def _write_single_file(model: ModelFolder, out: Path, cast: Cast, read: Read) ->
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, lambda unfinished: save_file(written, unfinished, metadata=about))
     except (OSError, SafetensorError) as error:
-        out.with_name(f".{out.name}.partial").unlink(missing_ok=True)
+        with suppress(OSError):
+            out.with_name(f".{out.name}.partial").unlink()
         raise OutputError(f"--out {out.name!r} cannot be written ({error}); free space or give another place.") from error
 
 

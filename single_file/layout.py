@@ -123,13 +123,8 @@ def _family(file: str, shapes: Mapping[str, Any]) -> str:
             raise ModelError(f"{file!r} holds no autoencoder (tensors {VAE}…); use a file with its VAE baked in, or the model's folder.")
         return family
     kinds = [kind for kind, pattern in _DECOYS.items() if any(re.match(pattern, name) for name in shapes)]
-    looks = (
-        f"; it looks like {kinds[0]}"
-        if kinds
-        else f"; it holds {', '.join(f'{name:.60}' for name in sorted(shapes)[:3])}, …"
-        if shapes
-        else "; it is empty"
-    )
+    first = ", ".join(f"{name:.60}" for name in sorted(shapes)[:3])
+    looks = f"; it looks like {kinds[0]}" if kinds else f"; it holds {first}, …" if shapes else "; it is empty"
     raise ModelError(f"{file!r} is no checkpoint of Stable Diffusion 1, 2, SDXL or its refiner with U-Net, autoencoder and text encoder{looks}.")
 
 
