@@ -55,7 +55,6 @@ def test_a_single_file_draws_what_diffusers_draws(checkpoint: Checkpoint, family
     assert got.std() > 0.05
     if family != "sdxl-refiner":  # diffusers has no pipeline that starts the refiner from noise; test_composing compares it after a base
         kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
-        assert (got - theirs(kind.from_pretrained(folder))).abs().max() <= 1e-4
         assert (got - theirs(kind.from_single_file(str(file), config=str(folder), local_files_only=True))).abs().max() <= 1e-4
     convert(open_folder(file), tmp_path / "back")
     parts = [path.name for path in folder.iterdir() if list(path.glob("*.safetensors"))]
