@@ -182,7 +182,7 @@ def page(rows: list[Row]) -> str:
         "pixels in 255ths.",
         "",
         "The checkpoints have random weights, the layouts, key names and configs of the published ones, and smaller widths; diffusers and",
-        "transformers wrote them (`tests/real_layouts.py`). Differences of 1e-4 in latents or 1/255 in pixels would make the script fail.",
+        "transformers wrote them (`tests/real_layouts.py`). More than 1e-4 in latents or 1/255 in pixels makes the script fail.",
         "",
         f"| model | predicts | {' | '.join(SAMPLERS)} |",
         f"| --- | --- | {' | '.join('---' for _ in SAMPLERS)} |",
