@@ -104,14 +104,12 @@ def test_writes_of_workers_fail(ensemble_folder: Path, tmp_path: Path, monkeypat
     common = command(ensemble_folder, tmp_path, "--batch-size", "1", "--devices", "cpu,cpu")
     assert run([*common, "--out", str(tmp_path / "whole")]) == 0
     whole = digests(tmp_path / "whole")
-    stopped = 0
-    for site in range(1, 10):
-        fault, lasts, out = FAULTS[site % 6], site % 2 == 0, tmp_path / f"faulty-{site}"
+    for site, fault, lasts in ((2, "ENOSPC", True), (7, "EIO", True), (5, "short", False)):
+        out = tmp_path / f"faulty-{site}"
         capsys.readouterr()
         with monkeypatch.context() as patch:
             patch.setattr(workers, "_work", partial(work_with_faults, first=site, lasting=lasts, fault=fault))
             code = run([*common, "--out", str(out)])
-        stopped += check_stopped(code, fault, lasts, capsys.readouterr().err, out, whole)
+        assert check_stopped(code, fault, lasts, capsys.readouterr().err, out, whole) == lasts
         assert run([*common, "--out", str(out)]) == 0
         check_complete(out, whole)
-    assert stopped > 3
