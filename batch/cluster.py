@@ -204,7 +204,8 @@ def draw_on_cluster(
     for _ in range(min(cluster.workers, len(waiting))):
         hand_out(make.remote(task))
     while busy:
-        stream: Any = ray.wait(list(busy), num_returns=1)[0][0]
+        with _signals_as_raised():
+            stream: Any = ray.wait(list(busy), num_returns=1)[0][0]
         worker, piece = busy.pop(stream)
         try:
             message: Message = _received(next(stream))
@@ -252,6 +253,15 @@ def pieces(batches: Sequence[Sequence[Item]], workers: int) -> Iterator[Piece]:
         size = max(1, (len(batches) - first) // (_PER_WORKER * workers))
         yield batches[first : first + size]
         first += size
+
+
+@contextmanager
+def _signals_as_raised() -> Generator[None]:
+    """What a signal's handler raises inside Ray's compiled code comes out of it as the cause of a SystemError."""
+    try:
+        yield
+    except SystemError as error:
+        raise (error if error.__cause__ is None else error.__cause__) from None
 
 
 def _received(reference: Any) -> Any:

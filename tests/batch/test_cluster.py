@@ -166,3 +166,8 @@ def test_what_contradicts_or_cannot_be_reached(ensemble_folder: Path, tmp_path: 
     assert run(command(ensemble_folder, tmp_path, *options)) == 2
     assert "--ray" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_signals_handler_raised_comes_out_of_rays_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), cluster._signals_as_raised():
+        raise SystemError from KeyboardInterrupt()
