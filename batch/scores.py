@@ -67,7 +67,7 @@ def open_score_model(folder: Path) -> ScoreModel:
     if isinstance(vision, dict) and not re.fullmatch(r"[\w.]{1,100}", str(vision.get("timm_model_name") or "none")):
         raise ModelError(f"{CONFIG} of the score model has a timm_model_name that leads elsewhere; use one of timm's own.")
     read_header(folder / WEIGHTS)
-    return ScoreModel(folder, fingerprint(folder, []))
+    return ScoreModel(folder, fingerprint(folder, ["."]))
 
 
 def load_scorer(model: ScoreModel, device: torch.device) -> Scorer:

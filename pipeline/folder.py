@@ -265,6 +265,10 @@ def fingerprint(folder: Path, names: Sequence[str]) -> str:
 
     It tells models apart in milliseconds even for many gigabytes; it is no protection against a file changed on purpose between the blocks.
     `defaults.json` is left out: pictures record the settings themselves. So are weights that are not loaded, such as variants beside plain ones.
+
+    Args:
+        folder: the model; the texts in it count.
+        names: of its components; "." where the folder itself holds weights.
     """
     digest = hashlib.sha256()
     texts = [path for path in sorted(folder.iterdir()) if path.suffix in _TEXTS and path.name != "defaults.json" and path.is_file()]

@@ -2,9 +2,9 @@
 
     python scripts/example_finetune.py --out build/flag
 
-runs the commands of the README (shards of a world with flags, `tu-diffuse shards encode`, `tu-diffuse finetune`), draws the same prompts and seeds with both models into
-sheet.jpg, and prints how often both draw what prompts say: flags, by the oracle of `scripts/embedded`, and the held-out prompts of old.
-About 0.7 s a picture on one core, four times --count pictures.
+runs the commands of the README (shards of a world with flags, `tu-diffuse shards encode`, `tu-diffuse finetune`), draws the same prompts and seeds
+with both models into sheet.jpg, and prints how often both draw what prompts say: flags, by the oracle of `scripts/embedded`, and the held-out
+prompts of old. About 0.7 s a picture on one core, four times --count pictures.
 """
 
 import argparse

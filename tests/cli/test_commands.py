@@ -283,7 +283,7 @@ def _no_index(folder: Path) -> None:
         (_edit("model_index.json", unet=["my_module", "Evil"]), 3, "not on the list"),
         (_edit("model_index.json", _class_name=["custom", "Pipe"]), 3, "pipeline"),
         (_edit("vae/config.json", auto_map={"AutoModel": "x.Y"}), 3, "custom code (auto_map)"),
-        (_edit("defaults.json", steps="many"), 4, "steps = 'many'"),
+        (_edit("defaults.json", steps="many"), 4, "'steps' = 'many'"),
         (_edit("experts.json", version=9), 4, "version 9"),
         (_edit("scheduler/scheduler_config.json", beta_schedule="magic"), 4, "magic"),
     ],
