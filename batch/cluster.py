@@ -21,9 +21,9 @@ import torch
 
 from .. import __version__
 from ..errors import ModelError, RenderError, UsageError
+from ..pipeline.adapters.lora_files import lora_sha256
 from ..pipeline.folder import EMBEDDED, ModelFolder, open_folder
 from ..pipeline.loading import Place, choose_place
-from ..pipeline.lora_files import lora_sha256
 from .drafts import Drawn, Lost, Stepped
 from .engine import render
 from .items import Item

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RenderError, UsageError
-from ..pipeline.editing import Start, composited, keeping, round_schedule, round_shape, showing
-from ..pipeline.editing import begin as begin_round
-from ..pipeline.inputs import unchanged
+from ..pipeline.editing.inputs import unchanged
+from ..pipeline.editing.rounds import Start, composited, keeping, round_schedule, round_shape, showing
+from ..pipeline.editing.rounds import begin as begin_round
 from ..pipeline.request import Request, Round, rounds, with_pictures
 from ..pipeline.seeds import noise_source, streams
 from ..pipeline.text_to_image import applied_settings, guidance_policy, words_lost

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ModelError, UnsafeError, UsageError
-from ..pipeline.adapters import Shelf
+from ..pipeline.adapters.adapters import Shelf
 from ..pipeline.folder import ModelFolder
 from ..pipeline.output import picture_name
 from ..pipeline.request import Request, recorded, resolve_all

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..pipeline.editing import Start, round_schedule
+from ..pipeline.editing.rounds import Start, round_schedule
 from ..pipeline.folder import ModelFolder
 from .drafts import Draft, Lost
 from .files import replace as write_whole

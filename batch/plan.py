@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, OutputError
-from ..pipeline.adapters import LoraUse
-from ..pipeline.control import control_from
-from ..pipeline.edits import edit_from, upscale_from
-from ..pipeline.embeddings import EmbeddingUse
-from ..pipeline.inputs import InputPicture
+from ..pipeline.adapters.adapters import LoraUse
+from ..pipeline.adapters.embeddings import EmbeddingUse
+from ..pipeline.editing.control import control_from
+from ..pipeline.editing.edits import edit_from, upscale_from
+from ..pipeline.editing.inputs import InputPicture
 from ..pipeline.output import candidates
 from ..pipeline.request import EARLIER, Request, most_together
 from .files import replace as write_whole

@@ -12,10 +12,10 @@ import torch
 
 from ..contracts import Conditioning
 from ..errors import UsageError
-from ..pipeline.adapters import Adapters, LoraUse, Shelf
-from ..pipeline.control import ControlNets
+from ..pipeline.adapters.adapters import Adapters, LoraUse, Shelf
+from ..pipeline.adapters.embeddings import EmbeddingUse
 from ..pipeline.describe import describe
-from ..pipeline.embeddings import EmbeddingUse
+from ..pipeline.editing.control import ControlNets
 from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import Encode, Place, TextParts, load_codec, load_experts, load_texts, readers_of
 from ..pipeline.request import Request, Round

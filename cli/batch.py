@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from ..batch.plan import Plan
     from ..batch.prompt_file import Kind, PromptFile
     from ..batch.run import Summary
-    from ..pipeline.embeddings import EmbeddingUse
+    from ..pipeline.adapters.embeddings import EmbeddingUse
 
 LAYOUTS = ("flat", "geneval")
 MOST_CANDIDATES = 64
@@ -246,7 +246,7 @@ def batch(
     from ..batch.sheet import write_sheet
     from ..batch.studio import WINDOW_SHARE, Studio, memory_budget, model_bytes
     from ..batch.workers import Job, draw_in_workers, shares
-    from ..pipeline.adapters import Shelf
+    from ..pipeline.adapters.adapters import Shelf
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import choose_place
     from ..pipeline.output import try_folder

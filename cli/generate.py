@@ -133,7 +133,7 @@ def generate(
     if not fewest <= count <= most:
         raise UsageError(f"--count {count} is out of range; give a number from {fewest} to {most}.")
 
-    from ..pipeline.adapters import Shelf
+    from ..pipeline.adapters.adapters import Shelf
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import adapted_to, load_model, texts_of
     from ..pipeline.metadata import encode_picture

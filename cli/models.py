@@ -14,8 +14,8 @@ from .opening import open_unpacked
 from .options import EXIT_CODES, Debug, Json, Loras, PredictionType
 
 if TYPE_CHECKING:
-    from ..pipeline.hub import HubName
-    from ..pipeline.hub_pull import HubFile, Pull
+    from ..pipeline.hub.models import HubName
+    from ..pipeline.hub.pull import HubFile, Pull
 
 app = typer.Typer(
     help="Models of the Hugging Face hub and on this machine: fetch, list, describe, verify and remove them; new ones with other text encoders.",
@@ -59,7 +59,7 @@ def pull(
     (path, commit).
     """
     del debug  # read in main.py
-    from ..pipeline.hub import cached, is_offline, origin_of
+    from ..pipeline.hub.models import cached, is_offline, origin_of
 
     asked = _hub_name(name, revision)
     if offline or is_offline():
@@ -69,7 +69,7 @@ def pull(
         origin = origin_of(path if path.is_dir() else path.parent)
         _event(as_json, "done", {"path": str(path), "commit": None if origin is None else origin.revision}, str(path))
         return
-    from ..pipeline.hub_pull import announce, fetch, megabytes, plan_pull
+    from ..pipeline.hub.pull import announce, fetch, megabytes, plan_pull
 
     def tell(work: "Pull", file: "HubFile | None") -> None:
         if not as_json:
@@ -103,7 +103,7 @@ def list_models(
     megabytes on disk, path.
     """
     del debug  # read in main.py
-    from ..pipeline.hub_cache import cached_models, folder_models
+    from ..pipeline.hub.cache import cached_models, folder_models
 
     models = [*cached_models(), *(model for folder in folders or () for model in folder_models(folder))]
     for model in models:
@@ -130,7 +130,7 @@ def info(model: AnyModel = None, prediction_type: PredictionType = None, as_json
     of a LoRA or network kind, name, commit, licence, architecture, tensors, parameters, dtype and megabytes.
     """
     del debug  # read in main.py
-    from ..pipeline.hub import found
+    from ..pipeline.hub.models import found
 
     facts = facts_of(None if model is None else found(model, fetch=False), prediction_type)
     if as_json:
@@ -162,15 +162,15 @@ def verify(
     With --json one line: checked, bad and unrecorded (names of files, or folders of experts), bytes that were read.
     """
     del debug  # read in main.py
-    from ..pipeline.hub import found
-    from ..pipeline.hub_cache import verify as verify_model
+    from ..pipeline.hub.cache import verify as verify_model
+    from ..pipeline.hub.models import found
 
     path = found(model, fetch=False)
     if not path.exists():
         raise UsageError(f"{str(model)!r} is not there; name a model folder, a file, or OWNER/NAME in the hub's cache.")
     recorded = None
     if against is not None:
-        from ..pipeline.hub_pull import listing
+        from ..pipeline.hub.pull import listing
 
         recorded = listing(_hub_name(against, None))
     result = verify_model(path, recorded)
@@ -206,8 +206,8 @@ def remove(
     With --json one line: name, commits that were removed, megabytes that this set free.
     """
     del debug  # read in main.py
-    from ..pipeline.hub_cache import removable
-    from ..pipeline.hub_cache import remove as remove_commits
+    from ..pipeline.hub.cache import removable
+    from ..pipeline.hub.cache import remove as remove_commits
 
     asked = _hub_name(name, revision)
     commits, size = removable(asked)
@@ -249,7 +249,7 @@ def convert(
     With --json one line: path, and what `models info` prints of the new model.
     """
     del debug  # read in main.py
-    from ..pipeline.adapters import Shelf
+    from ..pipeline.adapters.adapters import Shelf
     from ..pipeline.convert import convert as convert_model
     from ..pipeline.describe import describe
     from ..pipeline.folder import open_folder
@@ -264,7 +264,7 @@ def convert(
 
 
 def _hub_name(text: str, revision: str | None) -> "HubName":
-    from ..pipeline.hub import HubName, hub_name
+    from ..pipeline.hub.models import HubName, hub_name
 
     name = hub_name(text)
     if name is None:

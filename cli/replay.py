@@ -57,10 +57,10 @@ def replay(
     settings = read_metadata(picture)
 
     from ..batch.again import company_of, draw_again
-    from ..pipeline.adapters import Shelf, find_by_hash
-    from ..pipeline.control import with_network
+    from ..pipeline.adapters.adapters import Shelf, find_by_hash
+    from ..pipeline.editing.control import with_network
+    from ..pipeline.editing.inputs import located
     from ..pipeline.folder import open_folder
-    from ..pipeline.inputs import located
     from ..pipeline.loading import adapted_to, choose_place, load_model
     from ..pipeline.replay import check_size, compare, made_with, model_of, redraw, request_of
     from ..pipeline.request import with_pictures

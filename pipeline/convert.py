@@ -34,7 +34,7 @@ from ..unet.experts import write_experts
 from ..vae.autoencoder import modernise_keys
 from ..vae.config import AutoencoderConfig
 from ..weights import placed, read_safetensors, read_weights, single_file_layout, within_single_file
-from .adapters import NO_ADAPTERS, Adapters, baked
+from .adapters.adapters import NO_ADAPTERS, Adapters, baked
 from .folder import ModelFolder, open_folder
 from .loading import DTYPES
 from .staging import copy_folder, staged_folder, write_file

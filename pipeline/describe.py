@@ -14,7 +14,7 @@ from ..unet.experts import ExpertEntry
 from ..unet.lora import read_lora
 from ..weights import file_metadata, read_header, read_headers, read_json, tensor_bytes, weight_bytes, within_single_file
 from .folder import ModelFolder, expert_bytes
-from .hub import CONFIGS, origin_of
+from .hub.models import CONFIGS, origin_of
 
 CARD_CHARACTERS = 65536  # of a model card's beginning, that are read
 

@@ -22,7 +22,7 @@ from ..single_file.layout import PREDICTIONS
 from ..unet.deltas import chain, own_files
 from ..unet.experts import ExpertEntry, read_experts
 from ..weights import is_pickle_name, read_json, single_file_layout, weight_bytes, weight_files, within_single_file
-from .hub import found, origin_of
+from .hub.models import found, origin_of
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
 

@@ -42,8 +42,8 @@ from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
 from ..vae.config import AutoencoderConfig
 from ..weights import load_weights, without_storage
-from .adapters import NO_ADAPTERS, Adapters, Shelf
-from .control import ControlNets
+from .adapters.adapters import NO_ADAPTERS, Adapters, Shelf
+from .editing.control import ControlNets
 from .folder import ModelFolder, expert_bytes
 from .quantize import check_quantize, quantized
 from .request import Request, rounds

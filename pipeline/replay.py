@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, UsageError
-from .adapters import LoraUse
-from .control import control_from
-from .edits import edit_from, upscale_from
-from .embeddings import EmbeddingUse
+from .adapters.adapters import LoraUse
+from .adapters.embeddings import EmbeddingUse
+from .editing.control import control_from
+from .editing.edits import edit_from, upscale_from
 from .folder import ModelFolder
-from .hub import HubName, cached, hub_name, is_commit
+from .hub.models import HubName, cached, hub_name, is_commit
 from .loading import Model
 from .metadata import encode_picture, open_picture
 from .previews import to_image

@@ -10,12 +10,12 @@ from ..errors import UsageError
 from ..schedulers.registry import SAMPLERS, sampler_info
 from ..schedulers.schedules import SPACINGS, make_schedule
 from ..text_encoders.prompts import Reading, Text, choose, joined, looks_weighted, parse
-from .adapters import LoraUse
-from .control import KINDS, Control, kept_steps, resolved_control
-from .edits import Edit, Upscale, resolved_edit, resolved_upscale
-from .embeddings import EmbeddingUse
+from .adapters.adapters import LoraUse
+from .adapters.embeddings import EmbeddingUse
+from .editing.control import KINDS, Control, kept_steps, resolved_control
+from .editing.edits import Edit, Upscale, resolved_edit, resolved_upscale
+from .editing.inputs import InputPicture
 from .folder import ModelFolder
-from .inputs import InputPicture
 from .limits import CHOICES, RANGES, checked_text
 
 BATCH_PIXELS = 4 * 512 * 512

@@ -22,7 +22,7 @@ from ..schedulers.guidance import Apg, Guidance, GuidedDenoiser, expert_scale, r
 from ..schedulers.registry import sampler_info
 from ..schedulers.step import stages
 from ..vae.codec import to_uint8
-from .editing import begin, composited, keeping, round_schedule, round_shape, showing
+from .editing.rounds import begin, composited, keeping, round_schedule, round_shape, showing
 from .folder import ModelFolder
 from .loading import Encode, Model, Place
 from .request import Request, Round, recorded, rounds, steps_of

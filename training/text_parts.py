@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from ..errors import ModelError, UsageError
 from ..pipeline.folder import ModelFolder, open_folder
-from ..pipeline.hub import found as pulled
-from ..pipeline.hub import hub_name
+from ..pipeline.hub.models import found as pulled
+from ..pipeline.hub.models import hub_name
 from ..pipeline.staging import copy_folder, linked, staged_folder
 from ..text_encoders.clip import CLIPText, CLIPTextConfig
 from ..text_encoders.open_clip import open_clip_state_dict, open_clip_text_config

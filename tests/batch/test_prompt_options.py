@@ -19,7 +19,7 @@ from tu_diffuse.cli.main import run
 from tu_diffuse.contracts import Conditioning
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline import loading
-from tu_diffuse.pipeline.adapters import Shelf
+from tu_diffuse.pipeline.adapters.adapters import Shelf
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, load_model, texts_of
 from tu_diffuse.pipeline.replay import request_of

@@ -13,8 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tu_diffuse.errors import ModelError, UnsafeError, UsageError
-from tu_diffuse.pipeline.adapters import Shelf, lora_spec
-from tu_diffuse.pipeline.adapters import baked as added_for_good
+from tu_diffuse.pipeline.adapters.adapters import Shelf, lora_spec
+from tu_diffuse.pipeline.adapters.adapters import baked as added_for_good
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.unet.ldm_names import ldm_names
 

@@ -2,7 +2,7 @@
 
 import pytest
 from tu_diffuse.errors import ModelError, UnsafeError, UsageError
-from tu_diffuse.pipeline.hub_choice import choose
+from tu_diffuse.pipeline.hub.choice import choose
 
 SD_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 SD15_LISTING = """

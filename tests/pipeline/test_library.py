@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import randomised
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.adapters import Shelf
+from tu_diffuse.pipeline.adapters.adapters import Shelf
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import adapted_to, load_model
 from tu_diffuse.pipeline.request import resolve

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tu_diffuse.errors import UsageError
-from tu_diffuse.pipeline.adapters import Shelf, baked
+from tu_diffuse.pipeline.adapters.adapters import Shelf, baked
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.request import resolve

@@ -31,11 +31,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
-from ..errors import HubError, OutputError, TuDiffuseError, UsageError
-from ..weights import inside, read_json
-from .folder import allowed_parts
-from .hub import HubName, cache_folder, cached, is_commit, is_offline, storage_of
-from .hub_choice import choose
+from ...errors import HubError, OutputError, TuDiffuseError, UsageError
+from ...weights import inside, read_json
+from ..folder import allowed_parts
+from .choice import choose
+from .models import HubName, cache_folder, cached, is_commit, is_offline, storage_of
 
 _BLOCK = 2**20
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from ..errors import DataError, UsageError
-from ..pictures import decode_picture, is_opaque
+from ...errors import DataError, UsageError
+from ...pictures import decode_picture, is_opaque
 
 MAX_BYTES = 1 << 28  # of a picture file
 

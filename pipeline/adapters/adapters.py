@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import ModelError, UnsafeError, UsageError
-from ..text_encoders.clip import CLIPTextConfig
-from ..unet.experts import ExpertEntry
-from ..unet.lora import NOTHING, Added, LowRank, Pairs, with_pairs
+from ...errors import ModelError, UnsafeError, UsageError
+from ...text_encoders.clip import CLIPTextConfig
+from ...unet.experts import ExpertEntry
+from ...unet.lora import NOTHING, Added, LowRank, Pairs, with_pairs
+from ..folder import TEXT_PARTS, ModelFolder
 from .embeddings import EmbeddingFile, EmbeddingUse, checked_token, embedding_spec, fit_embedding, read_embedding_file
-from .folder import TEXT_PARTS, ModelFolder
 from .lora_files import find_lora, lora_sha256, read_lora_file
 from .lora_fit import TEXT_PREFIX, UNET, Fit, match
 

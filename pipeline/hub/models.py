@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError
-from ..weights import inside, is_pickle_name, read_json
+from ...errors import UsageError
+from ...weights import inside, is_pickle_name, read_json
 
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*)(?:@([A-Za-z0-9][A-Za-z0-9_./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -108,6 +108,6 @@ def found(path: Path, *, fetch: bool = True) -> Path:
         raise UsageError(f"{str(name)!r} is neither here nor in the hub's cache; give a folder, or fetch it with tu-diffuse models pull {name}.")
     if Path(path.parts[0]).is_dir():
         raise UsageError(f"{str(name)!r} is not there, though {path.parts[0]}/ is; correct the path, or fetch it from the hub: models pull {name}.")
-    from .hub_pull import pull  # costs half a second of imports
+    from .pull import pull  # costs half a second of imports
 
     return pull(name)

@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Generator, Tensor
 
-from ..contracts import Conditioning
-from ..schedulers.schedules import SigmaSchedule, make_schedule
-from ..schedulers.step import BoundDenoiser
-from ..vae.codec import LatentCodec, sample_posterior, to_uint8
+from ...contracts import Conditioning
+from ...schedulers.schedules import SigmaSchedule, make_schedule
+from ...schedulers.step import BoundDenoiser
+from ...vae.codec import LatentCodec, sample_posterior, to_uint8
+from ..folder import ModelFolder
+from ..request import Request, Round
+from ..seeds import draw
 from .control import hint_of
 from .edits import Edit
-from .folder import ModelFolder
 from .inputs import fitted, greys_of, pixels_of
-from .request import Request, Round
-from .seeds import draw
 
 
 @dataclass(frozen=True, eq=False)

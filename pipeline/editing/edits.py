@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ...errors import UsageError
 from .inputs import InputPicture, examined, picture_from
 
 SHAPE_TOLERANCE = 0.01  # by which the aspect ratio of a mask may differ from its picture's

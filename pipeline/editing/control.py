@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..contracts import Conditioning
-from ..errors import ModelError, UnsafeError, UsageError
-from ..schedulers.schedules import SigmaSchedule
-from ..unet.denoiser import Residuals
-from ..weights import files_sha256, read_json, weight_files
-from .folder import ModelFolder, refuse_code
+from ...contracts import Conditioning
+from ...errors import ModelError, UnsafeError, UsageError
+from ...schedulers.schedules import SigmaSchedule
+from ...unet.denoiser import Residuals
+from ...weights import files_sha256, read_json, weight_files
+from ..folder import ModelFolder, refuse_code
 from .inputs import InputPicture, examined, fitted, picture_from, pixels_of
 
 KINDS = ("none", "canny")
@@ -214,7 +214,7 @@ class ControlNets:
 
     def _network(self, control: Control) -> Any:
         if self._held is None or self._held[0] != control.sha256:
-            from .library import library_control
+            from ..library import library_control
 
             self._held = None
             self._held = control.sha256, library_control(Path(control.path), self._dtype, self._device)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ModelError, UnsafeError, UsageError
-from ..strict_json import parse_json
-from ..unet.lora import METADATA, LowRank
-from ..weights import check_finite, files_sha256, is_pickle_name, read_header, read_json, read_safetensors
+from ...errors import ModelError, UnsafeError, UsageError
+from ...strict_json import parse_json
+from ...unet.lora import METADATA, LowRank
+from ...weights import check_finite, files_sha256, is_pickle_name, read_header, read_json, read_safetensors
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What diffusers and peft call the file in a folder."""

@@ -4,9 +4,9 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePosixPath
 
-from ..errors import ModelError, UnsafeError, UsageError
-from ..weights import is_pickle_name
-from .hub import CONFIGS
+from ...errors import ModelError, UnsafeError, UsageError
+from ...weights import is_pickle_name
+from .models import CONFIGS
 
 _TEXTS = (".json", ".txt", ".model")
 _ROOT = ("model_index.json", "experts.json", "defaults.json", "README.md")

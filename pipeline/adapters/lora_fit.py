@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import ModelError
-from ..text_encoders.clip import CLIPText, CLIPTextConfig
-from ..text_encoders.conditioner import Conditioner, ConditionerConfig
-from ..text_encoders.t5 import T5Config, T5Encoder
-from ..text_encoders.t5_residual import T5Residual, T5ResidualConfig
-from ..unet.config import UNetConfig
-from ..unet.experts import ExpertEntry
-from ..unet.ldm_names import ldm_names
-from ..unet.lora import LowRank
-from ..unet.unet import UNet
-from ..weights import without_storage
-from .folder import TEXT_PARTS, ModelFolder
+from ...errors import ModelError
+from ...text_encoders.clip import CLIPText, CLIPTextConfig
+from ...text_encoders.conditioner import Conditioner, ConditionerConfig
+from ...text_encoders.t5 import T5Config, T5Encoder
+from ...text_encoders.t5_residual import T5Residual, T5ResidualConfig
+from ...unet.config import UNetConfig
+from ...unet.experts import ExpertEntry
+from ...unet.ldm_names import ldm_names
+from ...unet.lora import LowRank
+from ...unet.unet import UNet
+from ...weights import without_storage
+from ..folder import TEXT_PARTS, ModelFolder
 from .lora_files import LoraFile, LoraKey
 
 UNET = "unet"
@@ -137,7 +137,7 @@ def _unet(folder: ModelFolder, subfolder: str) -> nn.Module:
     try:
         own = UNetConfig.from_dict(config)
     except ModelError:
-        from .library import empty_unet  # costs seconds of imports, so only where it is needed
+        from ..library import empty_unet  # costs seconds of imports, so only where it is needed
 
         return empty_unet(config)
     return without_storage(lambda: UNet(own))

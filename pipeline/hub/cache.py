@@ -11,11 +11,11 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from huggingface_hub.utils import CachedRepoInfo
 
-from ..errors import TuDiffuseError, UsageError
-from ..unet.deltas import chain, expert_sha256, own_files, read_delta
-from .folder import ModelFolder, open_folder
-from .hub import HubName, cache_folder, is_commit, origin_of
-from .hub_pull import HubFile, matches
+from ...errors import TuDiffuseError, UsageError
+from ...unet.deltas import chain, expert_sha256, own_files, read_delta
+from ..folder import ModelFolder, open_folder
+from .models import HubName, cache_folder, is_commit, origin_of
+from .pull import HubFile, matches
 
 
 @dataclass(frozen=True)

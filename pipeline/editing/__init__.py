@@ -1,0 +1,1 @@
+"""Pictures made from pictures: input pictures, masks, second rounds, ControlNets."""
