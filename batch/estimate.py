@@ -72,7 +72,7 @@ def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_
         batches=len(batches),
         loads=parts * max(windows, min(len(places), len(batches))) if batches else 0,
         megabytes=round((whole if studio.roomy else min(whole, window_bytes) + whole // parts) / 1e6, 1),
-        seconds=round(seconds, 1),
+        seconds=round(seconds, 3),
         source=source,
         names=tuple(planned.name for planned in mine),
     )

@@ -174,11 +174,11 @@ def where(out: Path) -> str:
 
 
 def kill_at_random_moments(run: Whole, memory: str, folder: Path, kills: int, rng: random.Random) -> Counter[str]:
-    """Kill runs at moments spread evenly and start them again, about five times until they are done; counts what the kills left."""
+    """Kill runs at moments spread evenly and start them again, two or three times until they are done; counts what the kills left."""
     seen: Counter[str] = Counter()
     for number in count():
         out, keys, killed = folder / str(number), folder / f"{number}.jsonl", 0
-        while seen.total() < kills and kill_after(run.command(out, memory), keys, rng.uniform(0, run.seconds * 0.4)):
+        while seen.total() < kills and kill_after(run.command(out, memory), keys, rng.uniform(0, run.seconds * 0.8)):
             assert digests(out).items() <= run.pixels.items()
             seen[where(out)] += 1
             killed += 1
