@@ -13,34 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ..errors import DataError, UsageError
-from .options import (
-    Attention,
-    ControlEnd,
-    ControlImage,
-    ControlKind,
-    ControlModel,
-    ControlScale,
-    ControlStart,
-    Debug,
-    Device,
-    DType,
-    Embeddings,
-    InitImage,
-    Json,
-    Loras,
-    Mask,
-    MaskBlur,
-    Model,
-    PredictionType,
-    Quantize,
-    Resize,
-    Strength,
-    Tile,
-    Upscale,
-    UpscaleMode,
-    UpscaleSteps,
-    UpscaleStrength,
-)
+from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, PredictionType, Quantize, grouped
+from .picture_options import ControlOptions, EditOptions
 
 if TYPE_CHECKING:
     from ..batch.drafts import Stepped
@@ -55,53 +29,12 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("flat", "geneval")
 MOST_CANDIDATES = 64
-_LINE_OPTIONS = (
-    "negative",
-    "seed",
-    "count",
-    "steps",
-    "guidance",
-    "sampler",
-    "schedule",
-    "width",
-    "height",
-    "guidance_rescale",
-    "guidance_interval",
-    "sigmas",
-    "apg",
-    "dynamic_threshold",
-    "eta",
-    "init_image",
-    "strength",
-    "resize",
-    "mask",
-    "mask_blur",
-    "upscale",
-    "upscale_mode",
-    "upscale_steps",
-    "upscale_strength",
-    "tile",
-    "control",
-    "control_image",
-    "control_model",
-    "control_scale",
-    "control_start",
-    "control_end",
-    "format",
-    "name",
-    "strict",
-    "lora",
-    "embedding",
-    "syntax",
-    "long_prompts",
-    "no_t5",
-    "clip_weight",
-    "t5_weight",
-)
 
 
+@grouped
 def batch(
     context: typer.Context,
+    *,
     prompts: Annotated[Path | None, typer.Argument(metavar="FILE", help="Prompts: .txt, .jsonl, .csv or .tsv; - reads standard input.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; the same command again goes on where it stopped.")] = None,
     model: Model = None,
@@ -138,27 +71,13 @@ def batch(
     apg: Annotated[bool | None, typer.Option("--apg", help="Adaptive projected guidance.")] = None,
     dynamic_threshold: Annotated[float | None, typer.Option(help="0..1, as in generate.")] = None,
     eta: Annotated[float | None, typer.Option(help="0..1, as in generate.")] = None,
-    init_image: InitImage = None,
-    strength: Strength = None,
-    resize: Resize = None,
-    mask: Mask = None,
-    mask_blur: MaskBlur = None,
-    upscale: Upscale = None,
-    upscale_mode: UpscaleMode = None,
-    upscale_steps: UpscaleSteps = None,
-    upscale_strength: UpscaleStrength = None,
-    tile: Tile = None,
+    edit: EditOptions,
     syntax: Annotated[str | None, typer.Option(help="plain or weighted, as in generate. [default: plain]")] = None,
     long_prompts: Annotated[str | None, typer.Option(help="chunk or truncate, as in generate. [default: chunk]")] = None,
     no_t5: Annotated[bool | None, typer.Option("--no-t5", help="Leave T5 out, as in generate.")] = None,
     clip_weight: Annotated[float | None, typer.Option(help="As in generate. [default: 1]")] = None,
     t5_weight: Annotated[float | None, typer.Option(help="As in generate. [default: 1]")] = None,
-    control: ControlKind = None,
-    control_image: ControlImage = None,
-    control_model: ControlModel = None,
-    control_scale: ControlScale = None,
-    control_start: ControlStart = None,
-    control_end: ControlEnd = None,
+    steered: ControlOptions,
     format: Annotated[str | None, typer.Option(help="png, jpeg or webp. [default: png]")] = None,
     name: Annotated[str | None, typer.Option(metavar="TEMPLATE", help="File names. [default: {number}-{prompt}-{seed}]")] = None,
     lora: Loras = None,
@@ -203,13 +122,14 @@ def batch(
     died).
     """
     del debug  # read in main.py
+    given = locals() | vars(edit) | vars(steered)
+    from ..batch.options import BY_NAME
     from ..batch.options import schema as json_schema
 
     if schema:
         print(json.dumps(json_schema(), indent=2))
         return
-    given = {option: value for option, value in locals().items() if option in _LINE_OPTIONS and value not in (None, [])}
-    given = {option: value for option, value in given.items() if value is not False}
+    given = {option: value for option, value in given.items() if option in BY_NAME and value not in (None, []) and value is not False}
     if prompts is None:
         raise UsageError("the prompt file is missing; name one that ends in .txt, .jsonl, .csv or .tsv, or - for standard input.")
     if out is None:

@@ -16,18 +16,20 @@ import typer
 
 from ..errors import UsageError
 from .opening import open_unpacked
-from .options import Debug, Device, Json, Model, PredictionType
-from .shard_options import AestheticVersion, Aspect, Language, MaxUnsafe, MaxWatermark, MinAesthetic, MinSimilarity, MinSize, Missing, Preset
+from .options import Debug, Device, Json, Model, PredictionType, grouped
+from .shard_options import FilterOptions
 
 if TYPE_CHECKING:
     from ..training.finetune import Plan
     from ..training.tracking import Event
     from ..training.workers import Workers
 
-_NOT_OPTIONS = ("out", "config", "model", "prediction_type", "dry_run", "device", "as_json", "debug")
+_NOT_OPTIONS = ("out", "config", "model", "prediction_type", "dry_run", "device", "filters", "as_json", "debug")
 
 
+@grouped
 def finetune(
+    *,
     shards: Annotated[
         list[str] | None, typer.Option(metavar="SPEC", help="Shards: a file, 'laion/{00000..00099}.tar', 'laion/*.tar' or a URL; may be repeated.")
     ] = None,
@@ -85,16 +87,7 @@ def finetune(
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that read and decode; no effect on the result. [default: 2]")] = None,
     skip_damaged: Annotated[bool | None, typer.Option("--skip-damaged", help="Leave damaged samples out, up to 1%.")] = None,
-    preset: Preset = None,
-    language: Language = None,
-    max_unsafe: MaxUnsafe = None,
-    min_aesthetic: MinAesthetic = None,
-    aesthetic_version: AestheticVersion = None,
-    max_watermark: MaxWatermark = None,
-    min_similarity: MinSimilarity = None,
-    min_size: MinSize = None,
-    aspect: Aspect = None,
-    missing: Missing = None,
+    filters: FilterOptions,
     when_full: Annotated[str | None, typer.Option(help="stop or wait when the disk is full. [default: stop]")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations. [default: at the end only]")] = None,
     validation_share: Annotated[float | None, typer.Option(help="Share of the samples held out for the validation loss. [default: 0]")] = None,
@@ -132,7 +125,7 @@ def finetune(
     last line, and lr.
     """
     del debug  # read in main.py
-    given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS}
+    given = {name: value for name, value in locals().items() if name not in _NOT_OPTIONS} | vars(filters)
     given["filter"] = given.pop("preset")
     if out is None:
         raise UsageError("--out is missing; name the folder of the run.")
@@ -160,9 +153,9 @@ def finetune(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     index = index_shards(expand(list(options.shards)), skip_damaged=options.skip_damaged)
-    filters = filters_of(options)
-    check_filters(filters, [sample.columns for sample in index.samples])
-    reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
+    asked = filters_of(options)
+    check_filters(asked, [sample.columns for sample in index.samples])
+    reasons = [drop_reason(asked, sample.columns) for sample in index.samples]
     plan = make_plan(options, folder, index, [i for i, reason in enumerate(reasons) if reason is None])
     with joined_workers(place) as processes:
         reporter = _Reporter(as_json, options.batch_size * options.accumulate, processes.writes)

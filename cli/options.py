@@ -1,7 +1,14 @@
-"""Options that several commands share, each defined once."""
+"""Options that several commands share, each defined once, and groups of them.
 
+A command takes a group as one parameter whose type is a frozen dataclass; `grouped` shows Typer each field as an option in that place.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -47,21 +54,24 @@ Quantize = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-InitImage = Annotated[
-    Path | None, typer.Option("--init-image", metavar="FILE", help="Begin with this picture (PNG, JPEG, WebP). See docs/editing.md.")
-]
-Strength = Annotated[float | None, typer.Option("--strength", help="0..1: share of the steps that are taken on it. [default: 0.75, with --mask 1]")]
-Resize = Annotated[str | None, typer.Option("--resize", help="How it is brought to --width and --height: crop or stretch. [default: crop]")]
-Mask = Annotated[Path | None, typer.Option("--mask", metavar="FILE", help="Repaint --init-image where this is white, keep it where it is black.")]
-MaskBlur = Annotated[float | None, typer.Option("--mask-blur", help="Pixels over which the repainted part fades out inside the mask. [default: 0]")]
-Upscale = Annotated[float | None, typer.Option("--upscale", metavar="FACTOR", help="Draw, enlarge by this factor, and draw on.")]
-UpscaleMode = Annotated[str | None, typer.Option("--upscale-mode", help="What is enlarged: latent or pixel. [default: pixel]")]
-UpscaleSteps = Annotated[int | None, typer.Option("--upscale-steps", help="Steps of the second round. [default: as many as --steps]")]
-UpscaleStrength = Annotated[float | None, typer.Option("--upscale-strength", help="0..1: share of them that are taken. [default: 0.35]")]
-ControlKind = Annotated[str | None, typer.Option("--control", help="What to make of --control-image: none (it is a map) or canny. [default: none]")]
-ControlImage = Annotated[Path | None, typer.Option("--control-image", metavar="FILE", help="Steer the drawing by this, through --control-model.")]
-ControlModel = Annotated[Path | None, typer.Option("--control-model", metavar="FOLDER", help="ControlNet, as diffusers' save_pretrained writes it.")]
-ControlScale = Annotated[float | None, typer.Option("--control-scale", help="How strongly it steers. [default: 1]")]
-ControlStart = Annotated[float | None, typer.Option("--control-start", help="0..1: share of the steps after which it begins. [default: 0]")]
-ControlEnd = Annotated[float | None, typer.Option("--control-end", help="0..1: share of the steps after which it ends. [default: 1]")]
-Tile = Annotated[str | None, typer.Option("--tile", metavar="x|y|xy", help="Make the picture meet itself when laid side by side, along these axes.")]
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as Typer is to see it: where it takes a dataclass, it has the dataclass's fields as options, with their types and defaults."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    options: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            types = get_type_hints(groups[parameter.name], include_extras=True)
+            members = [(one.name, one.default, types[one.name]) for one in fields(groups[parameter.name])]
+        else:
+            members = [(parameter.name, parameter.default, hints[parameter.name])]
+        options += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint) for name, default, hint in members]
+
+    @wraps(command)
+    def with_groups(**given: Any) -> None:
+        made = {name: group(**{one.name: given.pop(one.name) for one in fields(group)}) for name, group in groups.items()}
+        command(**given, **made)
+
+    with_groups.__signature__ = inspect.Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
+    return with_groups

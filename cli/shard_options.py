@@ -1,5 +1,6 @@
 """Options about shards that several commands share, each defined once."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -17,24 +18,32 @@ VerifyHashes = Annotated[
     bool,
     typer.Option("--verify-hashes", help="Compare pictures with the hash in their .json; only for pictures that were stored as downloaded."),
 ]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        "--filter", metavar="NAME", help="A preset: laion-aesthetic (English, unsafe < 0.1, aesthetic V2 > 4.5). Single filters replace its parts."
-    ),
-]
-Language = Annotated[str | None, typer.Option("--language", metavar="CODE", help="Keep samples of this language, for example en.")]
-MaxUnsafe = Annotated[
-    float | None, typer.Option("--max-unsafe", help="Keep where the probability of unsafe content (punsafe, or the NSFW word) is below this.")
-]
-MinAesthetic = Annotated[float | None, typer.Option("--min-aesthetic", help="Keep where the aesthetic score is above this.")]
-AestheticVersion = Annotated[
-    str | None, typer.Option("--aesthetic-version", help="Which score that is: v1 (column aesthetic) or v2 (AESTHETIC_SCORE). [default: v2]")
-]
-MaxWatermark = Annotated[float | None, typer.Option("--max-watermark", help="Keep where the probability of a watermark is below this.")]
-MinSimilarity = Annotated[float | None, typer.Option("--min-similarity", help="Keep where picture and text are at least this similar (CLIP cosine).")]
-MinSize = Annotated[int | None, typer.Option("--min-size", help="Keep where the smaller side has at least so many pixels, stored and originally.")]
-Aspect = Annotated[str | None, typer.Option("--aspect", metavar="LOW,HIGH", help="Keep where width / height lies between these, both included.")]
-Missing = Annotated[
-    str | None, typer.Option("--missing", help="drop or keep samples without the value that a filter asks about; 0 is a value. [default: drop]")
-]
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """Which samples are kept; as `shards.filters.make_filters` takes them, `aspect` as text."""
+
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--filter",
+            metavar="NAME",
+            help="A preset: laion-aesthetic (English, unsafe < 0.1, aesthetic V2 > 4.5). Single filters replace its parts.",
+        ),
+    ] = None
+    language: Annotated[str | None, typer.Option(metavar="CODE", help="Keep samples of this language, for example en.")] = None
+    max_unsafe: Annotated[
+        float | None, typer.Option(help="Keep where the probability of unsafe content (punsafe, or the NSFW word) is below this.")
+    ] = None
+    min_aesthetic: Annotated[float | None, typer.Option(help="Keep where the aesthetic score is above this.")] = None
+    aesthetic_version: Annotated[
+        str | None, typer.Option(help="Which score that is: v1 (column aesthetic) or v2 (AESTHETIC_SCORE). [default: v2]")
+    ] = None
+    max_watermark: Annotated[float | None, typer.Option(help="Keep where the probability of a watermark is below this.")] = None
+    min_similarity: Annotated[float | None, typer.Option(help="Keep where picture and text are at least this similar (CLIP cosine).")] = None
+    min_size: Annotated[int | None, typer.Option(help="Keep where the smaller side has at least so many pixels, stored and originally.")] = None
+    aspect: Annotated[str | None, typer.Option(metavar="LOW,HIGH", help="Keep where width / height lies between these, both included.")] = None
+    missing: Annotated[
+        str | None, typer.Option(help="drop or keep samples without the value that a filter asks about; 0 is a value. [default: drop]")
+    ] = None

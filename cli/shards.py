@@ -5,34 +5,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import DataError, OutputError, UsageError
 from .info import lines_of
 from .opening import open_unpacked
-from .options import EXIT_CODES, Debug, Device, Json, Model, PredictionType
-from .shard_options import (
-    AestheticVersion,
-    Aspect,
-    Language,
-    MaxLost,
-    MaxUnsafe,
-    MaxWatermark,
-    MinAesthetic,
-    MinSimilarity,
-    MinSize,
-    Missing,
-    Preset,
-    Shards,
-    SkipDamaged,
-    VerifyHashes,
-    VerifyPictures,
-)
+from .options import EXIT_CODES, Debug, Device, Json, Model, PredictionType, grouped
+from .shard_options import FilterOptions, MaxLost, Shards, SkipDamaged, VerifyHashes, VerifyPictures
 from .shard_progress import printable, progress
 
 if TYPE_CHECKING:
+    from ..shards.filters import Filters
     from ..shards.index import ShardIndex
 
 app = typer.Typer(
@@ -94,19 +79,12 @@ def check(
 
 
 @app.command(epilog=EXIT_CODES)
+@grouped
 def stats(
     specs: Shards,
+    *,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also draw the histograms of the columns.")] = None,
-    preset: Preset = None,
-    language: Language = None,
-    max_unsafe: MaxUnsafe = None,
-    min_aesthetic: MinAesthetic = None,
-    aesthetic_version: AestheticVersion = None,
-    max_watermark: MaxWatermark = None,
-    min_similarity: MinSimilarity = None,
-    min_size: MinSize = None,
-    aspect: Aspect = None,
-    missing: Missing = None,
+    wanted: FilterOptions,
     skip_damaged: SkipDamaged = False,
     max_lost: MaxLost = 0.01,
     as_json: Json = False,
@@ -125,21 +103,9 @@ def stats(
     check's, dropped, kept, plot).
     """
     del debug  # read in main.py
-    from ..shards.filters import aspect_range, make_filters
     from ..shards.stats import distributions, effects, words
 
-    filters = make_filters(
-        preset,
-        language=language,
-        max_unsafe=max_unsafe,
-        min_aesthetic=min_aesthetic,
-        aesthetic_version=aesthetic_version,
-        max_watermark=max_watermark,
-        min_similarity=min_similarity,
-        min_size=min_size,
-        aspect=aspect_range(aspect),
-        missing=missing,
-    )
+    filters = _filters(wanted)
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {str(plot)!r} is no PNG file; end its name in .png.")
     if plot is not None and plot.exists():
@@ -174,19 +140,12 @@ def stats(
 
 
 @app.command("filter", epilog=EXIT_CODES)
+@grouped
 def filter_shards(
     specs: Shards,
+    *,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the filtered shards go, under their own names; nothing is overwritten.")],
-    preset: Preset = None,
-    language: Language = None,
-    max_unsafe: MaxUnsafe = None,
-    min_aesthetic: MinAesthetic = None,
-    aesthetic_version: AestheticVersion = None,
-    max_watermark: MaxWatermark = None,
-    min_similarity: MinSimilarity = None,
-    min_size: MinSize = None,
-    aspect: Aspect = None,
-    missing: Missing = None,
+    wanted: FilterOptions,
     skip_damaged: SkipDamaged = False,
     max_lost: MaxLost = 0.01,
     verify_pictures: VerifyPictures = False,
@@ -211,32 +170,18 @@ def filter_shards(
     kept).
     """
     del debug  # read in main.py
-    from ..shards.filters import active, aspect_range, check_filters, drop_reason, make_filters
+    from ..shards.filters import active
     from ..shards.specs import shard_name
     from ..shards.writer import write_filtered
 
-    filters = make_filters(
-        preset,
-        language=language,
-        max_unsafe=max_unsafe,
-        min_aesthetic=min_aesthetic,
-        aesthetic_version=aesthetic_version,
-        max_watermark=max_watermark,
-        min_similarity=min_similarity,
-        min_size=min_size,
-        aspect=aspect_range(aspect),
-        missing=missing,
-    )
+    filters = _filters(wanted)
     if not active(filters) and not skip_damaged:
         raise UsageError(
             "No filter is given; give --filter laion-aesthetic or single ones such as --min-size 512, or --skip-damaged to drop damage only."
         )
     index = _index(specs, skip_damaged, max_lost, verify_pictures=verify_pictures, verify_hashes=verify_hashes)
-    check_filters(filters, [sample.columns for sample in index.samples])
-    reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
+    reasons = _judged(index, filters)
     kept = reasons.count(None)
-    if not kept:
-        raise DataError(f"None of the {len(reasons)} samples passes the filters; see what each drops with tu-diffuse shards stats.")
     with progress("writing", len(index.shards)) as say:
         for written in write_filtered(index, reasons, out):
             line = {
@@ -253,8 +198,10 @@ def filter_shards(
 
 
 @app.command(epilog=EXIT_CODES)
+@grouped
 def encode(
     specs: Shards,
+    *,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the encoded shards go, under the names of their sources.")],
     model: Model = None,
     prediction_type: PredictionType = None,
@@ -263,16 +210,7 @@ def encode(
     dtype: Annotated[str, typer.Option(help="Of what is stored: float32, float16 or bfloat16.")] = "float16",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples that the networks see at once.")] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Threads that read and decode; no effect on the result.")] = 2,
-    preset: Preset = None,
-    language: Language = None,
-    max_unsafe: MaxUnsafe = None,
-    min_aesthetic: MinAesthetic = None,
-    aesthetic_version: AestheticVersion = None,
-    max_watermark: MaxWatermark = None,
-    min_similarity: MinSimilarity = None,
-    min_size: MinSize = None,
-    aspect: Aspect = None,
-    missing: Missing = None,
+    wanted: FilterOptions,
     skip_damaged: SkipDamaged = False,
     max_lost: MaxLost = 0.01,
     verify_pictures: VerifyPictures = False,
@@ -302,32 +240,17 @@ def encode(
     import time
 
     from ..pipeline.loading import choose_device
-    from ..shards.filters import aspect_range, check_filters, drop_reason, make_filters
     from ..shards.index import encoding_of
     from ..shards.specs import shard_name
     from ..training.encode_shards import encode_shards, load_encoder
 
-    filters = make_filters(
-        preset,
-        language=language,
-        max_unsafe=max_unsafe,
-        min_aesthetic=min_aesthetic,
-        aesthetic_version=aesthetic_version,
-        max_watermark=max_watermark,
-        min_similarity=min_similarity,
-        min_size=min_size,
-        aspect=aspect_range(aspect),
-        missing=missing,
-    )
+    filters = _filters(wanted)
     encoder = load_encoder(open_unpacked(model, prediction_type), resolution, buckets, dtype, choose_device(device))
     index = _index(specs, skip_damaged, max_lost, verify_pictures=verify_pictures, verify_hashes=verify_hashes)
     if encoding_of(index) is not None:
         raise UsageError("The shards are encoded already; give the shards of pictures that they were made from.")
-    check_filters(filters, [sample.columns for sample in index.samples])
-    reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
+    reasons = _judged(index, filters)
     kept = reasons.count(None)
-    if not kept:
-        raise DataError(f"None of the {len(reasons)} samples passes the filters; see what each drops with tu-diffuse shards stats.")
     started = time.monotonic()
     with progress("encoding sample", kept) as say:
         for done in encode_shards(index, reasons, encoder, out, batch_size=batch_size, threads=workers, progress=lambda count: say("", count)):
@@ -358,6 +281,24 @@ def _index(specs: Sequence[str], skip_damaged: bool, max_lost: float, *, verify_
     for note in index.notes:
         print(f"note: {note}", file=sys.stderr)
     return index
+
+
+def _filters(wanted: FilterOptions) -> "Filters":
+    from ..shards.filters import aspect_range, make_filters
+
+    limits: dict[str, Any] = {**vars(wanted), "aspect": aspect_range(wanted.aspect)}
+    return make_filters(**limits)
+
+
+def _judged(index: "ShardIndex", filters: "Filters") -> list[str | None]:
+    """Why each sample is dropped, None where it is kept; some must be."""
+    from ..shards.filters import check_filters, drop_reason
+
+    check_filters(filters, [sample.columns for sample in index.samples])
+    reasons = [drop_reason(filters, sample.columns) for sample in index.samples]
+    if None not in reasons:
+        raise DataError(f"None of the {len(reasons)} samples passes the filters; see what each drops with tu-diffuse shards stats.")
+    return reasons
 
 
 def _account(index: "ShardIndex") -> dict[str, object]:

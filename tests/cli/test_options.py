@@ -1,0 +1,41 @@
+"""Options in groups: a command sees all of them, and no option of a line is one that a command does not have."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+import typer
+from tu_diffuse.batch.options import BY_NAME
+from tu_diffuse.cli.batch import batch
+from tu_diffuse.cli.generate import generate
+from tu_diffuse.cli.options import grouped
+from typer.testing import CliRunner
+
+
+@dataclass(frozen=True)
+class _Box:
+    wide: Annotated[int, typer.Option(help="In steps.")] = 3
+    deep: Annotated[float | None, typer.Option()] = None
+
+
+def test_each_field_of_a_group_is_an_option_in_its_place():
+    seen: list[object] = []
+
+    @grouped
+    def command(first: Annotated[str, typer.Argument()], *, box: _Box, last: Annotated[bool, typer.Option("--last")] = False) -> None:
+        seen.append((first, box, last))
+
+    app = typer.Typer()
+    app.command()(command)
+    assert list(inspect.signature(command).parameters) == ["first", "wide", "deep", "last"]
+    assert CliRunner().invoke(app, ["a", "--deep", "0", "--last"]).exit_code == 0
+    assert CliRunner().invoke(app, ["b", "--wide", "7"]).exit_code == 0
+    assert seen == [("a", _Box(3, 0.0), True), ("b", _Box(7), False)]
+    assert CliRunner().invoke(app, ["a", "--wide", "x"]).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [generate, batch], ids=["generate", "batch"])
+def test_each_option_of_a_line_is_an_option_of_the_command(command: object):
+    assert callable(command)
+    assert set(BY_NAME) - {"prompt", "seeds"} <= set(inspect.signature(command).parameters)
