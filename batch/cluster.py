@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..allocator import keep_freed_memory
 from ..errors import ModelError, RenderError, UsageError
 from ..pipeline.adapters.lora_files import lora_sha256
 from ..pipeline.folder import EMBEDDED, ModelFolder, open_folder
@@ -281,6 +282,7 @@ class _Worker:
     """An actor: keeps the model from piece to piece."""
 
     def __init__(self, task: Task) -> None:
+        keep_freed_memory()
         self._task = task
         self._studio: Studio | None = None
         self._scorer: Scorer | None = None

@@ -17,6 +17,7 @@ from threading import Thread
 from types import FrameType
 from typing import NoReturn
 
+from ..allocator import keep_freed_memory
 from ..errors import RenderError, TuDiffuseError
 from ..pipeline.folder import open_folder
 from ..pipeline.loading import Place
@@ -132,6 +133,7 @@ def _work(job: Job, parent: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and terminates its workers
     signal.signal(signal.SIGTERM, _stop)  # by way of finally: pictures that wait for the disk are written
     Thread(target=_end_with_parent, daemon=True).start()
+    keep_freed_memory()
     try:
         folder = open_folder(job.model)
         studio = Studio(folder, job.place, roomy=job.roomy, files=job.files)

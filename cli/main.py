@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
+from ..allocator import keep_freed_memory
 from ..errors import TuDiffuseError
 from .average import average
 from .batch import batch
@@ -111,6 +112,7 @@ def main() -> NoReturn:
     Ends the process at once after flushing, because tearing down torch's modules one by one takes a noticeable part of a second.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    keep_freed_memory()
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

@@ -196,7 +196,7 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 class Bases:
     """What the experts of one model share: hashes of bases, taken once, and the tensors that come from bases, placed once for all experts.
 
-    Not for several threads at a time; `ExpertPool` loads on one.
+    Not for several threads at a time; `ExpertPool` loads one expert at a time.
     """
 
     def __init__(self, folders: Sequence[Path], dtype: torch.dtype, device: torch.device | str, variant: str | None = None) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -37,7 +38,8 @@ class ExpertPool:
     """Holds the experts of a model across runs.
 
     With keep "active", at most two are alive: the one that computes and the one being prefetched. With "all", every expert stays once it was loaded.
-    Calls come from one thread; loading happens on a thread of the pool's own.
+    Calls come from one thread. Each load happens on a thread of its own, which ends with it: one that stayed would keep its OpenMP threads, and
+    while there are more of those than cores, libgomp lets the computing ones sleep at every barrier instead of spinning. One load at a time.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class ExpertPool:
         self._held: dict[str, Future[UNetDenoiser]] = {}
         self._adapted: dict[str, tuple[UNetDenoiser, Hashable, UNetDenoiser]] = {}  # the expert, what was added, the result
         self._active: str | None = None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert")
+        self._one_load = Lock()
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -146,8 +148,14 @@ class ExpertPool:
     def _begin(self, name: str) -> Future[UNetDenoiser]:
         if name not in self._held:
             self.loads[name] += 1
-            self._held[name] = self._thread.submit(self._loaders[name])
+            thread = ThreadPoolExecutor(1, thread_name_prefix="expert")
+            self._held[name] = thread.submit(self._load, name)
+            thread.shutdown(wait=False)
         return self._held[name]
+
+    def _load(self, name: str) -> UNetDenoiser:
+        with self._one_load:
+            return self._loaders[name]()
 
     def _release_all_but(self, *names: str | None) -> None:
         for other in [held for held in self._held if held not in names and self.keep == "active"]:

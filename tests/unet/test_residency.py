@@ -184,3 +184,15 @@ def test_parked_experts_compute_the_same_on_cuda(folder):
         levels = torch.full((2,), sigma, device="cuda")
         assert torch.equal(pool.table(told)(given["x"], levels, prompt), resident.table(told)(given["x"], levels, prompt))
     assert loaders["low"]().unet.conv_in.weight.is_cuda
+
+
+def test_no_thread_outlives_its_load(folder):
+    """Its OpenMP threads would make those that compute sleep at every barrier."""
+    pool = ExpertPool(ENTRIES, Watched(folder).loaders, "active")
+    pool.get("high")
+    pool.prefetch("middle")
+    pool.get("middle")
+    loading = [thread for thread in threading.enumerate() if thread.name.startswith("expert")]
+    for thread in loading:
+        thread.join(10)
+    assert not [thread for thread in loading if thread.is_alive()]
