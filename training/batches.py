@@ -135,7 +135,10 @@ def ahead(make: Callable[[Row], Made], batches: Iterator[Sequence[Row]], threads
 
 
 def fit(picture: NDArray[np.uint8], size: tuple[int, int], generator: torch.Generator | None = None) -> Fitted:
-    """Scale a picture (height, width, 3) uint8 to cover `size` (width, height), Lanczos, and cut: at random with a generator, else the middle."""
+    """Scale a picture (height, width, 3) uint8 to cover `size` (width, height), Lanczos, and cut: at random with a generator, else the middle.
+
+    The arithmetic is NumPy's: it runs on readers' threads, where PyTorch's would start OpenMP threads that slow the computing ones (`ExpertPool`).
+    """
     height, width = picture.shape[:2]
     scale = max(size[0] / width, size[1] / height)
     scaled = (max(size[0], round(width * scale)), max(size[1], round(height * scale)))
@@ -147,8 +150,8 @@ def fit(picture: NDArray[np.uint8], size: tuple[int, int], generator: torch.Gene
     left, top = (int(share * (free + 1)) if free else 0 for share, free in zip(shares, room, strict=True))
     left, top = min(left, room[0]), min(top, room[1])
     cut = np.asarray(image)[top : top + size[1], left : left + size[0]]
-    pixels = torch.from_numpy(cut.copy()).permute(2, 0, 1).float() / 127.5 - 1
-    return Fitted(pixels, (height, width), (top, left))
+    pixels = cut.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return Fitted(torch.from_numpy(pixels), (height, width), (top, left))
 
 
 def crop_generator(seed: int, sample: int) -> torch.Generator:
