@@ -22,7 +22,7 @@ Sweep = Mapping[str, Sequence[Any]]
 
 MAX_ITEMS = 1_000_000
 _NOT_SETTINGS = ("count", "seed", "seeds", "name", "format", "lora", "embedding")  # of a line, but not of `resolve`
-_FILES = ("init_image", "mask", "control_image", "control_model")  # options of a line that name files
+_FILES = ("init_image", "mask", "control_image", "control_model", "control_depth_model")  # options of a line that name files
 _CANDIDATE_STRIDE = 2654435769  # 2³² over the golden ratio, odd: candidates of one seed are all different, and far from those of its neighbours
 NAME = "{number}-{prompt}-{seed}"
 

@@ -168,6 +168,7 @@ def _edit_options(request: Request) -> dict[str, Any]:
     if control is not None:
         told |= {"control": control.kind, "control_image": control.image.name, "control_model": control.model}
         told |= {"control_scale": control.scale, "control_start": control.start, "control_end": control.end}
+        told |= {} if control.estimator is None else {"control_depth_model": control.estimator.name}
     return told if request.tile is None else {**told, "tile": request.tile}
 
 

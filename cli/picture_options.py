@@ -27,9 +27,12 @@ class EditOptions:
 class ControlOptions:
     """What steers the drawing through a ControlNet; as `pipeline.request.resolve` takes it."""
 
-    control: Annotated[str | None, typer.Option(help="What to make of --control-image: none (it is a map) or canny. [default: none]")] = None
+    control: Annotated[str | None, typer.Option(help="What to make of --control-image: none (it is a map), canny, depth. [default: none]")] = None
     control_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Steer the drawing by this, through --control-model.")] = None
     control_model: Annotated[Path | None, typer.Option(metavar="FOLDER", help="ControlNet, as diffusers' save_pretrained writes it.")] = None
     control_scale: Annotated[float | None, typer.Option(help="How strongly it steers. [default: 1]")] = None
     control_start: Annotated[float | None, typer.Option(help="0..1: share of the steps after which it begins. [default: 0]")] = None
     control_end: Annotated[float | None, typer.Option(help="0..1: share of the steps after which it ends. [default: 1]")] = None
+    control_depth_model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What estimates depth for --control depth: DPT or Depth Anything.")
+    ] = None

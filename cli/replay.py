@@ -27,6 +27,7 @@ def replay(
         typer.Option(metavar="FILE|FOLDER", help="Where the pictures are that it was made from, if not beside it; may be repeated."),
     ] = None,
     control_model: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The ControlNet that it was made with.")] = None,
+    control_depth_model: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The depth model that it was made with.")] = None,
     dtype: DType = "recorded",
     device: Device = "recorded",
     attention: Attention = "recorded",
@@ -58,12 +59,12 @@ def replay(
 
     from ..batch.again import company_of, draw_again
     from ..pipeline.adapters.adapters import Shelf, find_by_hash
-    from ..pipeline.editing.control import with_network
+    from ..pipeline.editing.control import with_networks
     from ..pipeline.editing.inputs import located
     from ..pipeline.folder import open_folder
     from ..pipeline.loading import adapted_to, choose_place, load_model
     from ..pipeline.replay import check_size, compare, made_with, model_of, redraw, request_of
-    from ..pipeline.request import with_pictures
+    from ..pipeline.request import Request, with_pictures
 
     places = [*(input or []), picture.absolute().parent]
     recorded = made_with(settings)
@@ -82,13 +83,17 @@ def replay(
     quantize = settings.get("quantize", "none")
     files = find_by_hash([*(lora or []), *(embedding or [])], [*request.loras, *request.embeddings])
     company = company_of(picture, settings)
+
+    def found(asked: Request) -> Request:
+        asked = with_pictures(asked, lambda one: located(one, places))
+        control = asked.control
+        return asked if control is None else replace(asked, control=with_networks(control, folder, control_model, control_depth_model))
+
     if company is not None:
-        company = [replace(item, request=with_pictures(item.request, lambda one: located(one, places))) for item in company]
+        company = [replace(item, request=found(item.request)) for item in company]
         new = draw_again(folder, choose_place(dtype, device, attention, quantize), company, settings["item"], settings["seed"], files)
     else:
-        request = with_pictures(request, lambda one: located(one, places))
-        if request.control is not None:
-            request = replace(request, control=with_network(request.control, folder, control_model))
+        request = found(request)
         loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize)
         new = redraw(adapted_to(loaded, Shelf(folder, files), request), request, index)
     difference = compare(picture, new.pixels, new.settings)

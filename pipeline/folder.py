@@ -188,7 +188,7 @@ def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelF
     if not (folder / "model_index.json").is_file():
         _refuse_pickles(folder)
         raise ModelError(f"{folder.name!r} holds no model_index.json; a folder that diffusers' save_pretrained or tu-diffuse wrote was wanted.")
-    _refuse_files(folder)
+    refuse_files(folder)
     index = read_json(folder / "model_index.json")
     parts = _checked_parts(folder, index)
     experts = read_experts(folder)
@@ -348,8 +348,8 @@ def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return parts
 
 
-def _refuse_files(folder: Path) -> None:
-    """Refuse code, and links that lead out of the folder; those of a hub cache lead to its own `blobs`, or to those that repositories share."""
+def refuse_files(folder: Path) -> None:
+    """Refuse files of code, and links that lead out of the folder; those of a hub cache lead to its own `blobs`, or to those that repositories share."""
     root = folder.resolve()
     places = [root, *([root.parents[1] / "blobs", root.parents[2] / "blobs"] if origin_of(root) is not None else [])]
     for path in sorted(folder.rglob("*")):

@@ -187,7 +187,7 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> A
     weight_files(folder)  # refuses pickles and file names that lead outside, before the library looks
     config = read_json(folder / "config.json")
     layers, depths = (_numbers(config.get(name, 1)) for name in ("layers_per_block", "transformer_layers_per_block"))
-    if not _is_modest(config) or sum(layers) * max(depths, default=1) > MAX_LAYERS:
+    if not is_modest(config) or sum(layers) * max(depths, default=1) > MAX_LAYERS:
         raise refusal
     try:
         network, told = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
@@ -208,13 +208,13 @@ def _numbers(value: object) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
-def _is_modest(value: object, layers: bool = False) -> bool:
+def is_modest(value: object, layers: bool = False) -> bool:
     """Whether a config asks for no more than real networks have, so that the library does not build without end: its sizes, lists and layers."""
     match value:
         case dict():
-            return all(_is_modest(inner, "layers" in str(name) or "num_" in str(name)) for name, inner in value.items())
+            return all(is_modest(inner, "layers" in str(name) or "num_" in str(name)) for name, inner in value.items())
         case list():
-            return len(value) <= 4096 and all(_is_modest(inner, layers) for inner in value)
+            return len(value) <= 4096 and all(is_modest(inner, layers) for inner in value)
         case int() | float():
             return abs(value) <= (MAX_LAYERS if layers else MAX_WIDTH)
         case _:
@@ -227,7 +227,7 @@ def empty_unet(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: diffusers does not take the config.
     """
-    if not _is_modest(config):
+    if not is_modest(config):
         raise ModelError("the U-Net's config asks for more than any real network has; fetch the model again.")
     try:
         with torch.device("meta"):

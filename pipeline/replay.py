@@ -115,7 +115,7 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
             edit=None if "edit" not in settings else edit_from(_without_paths(settings["edit"])),
             upscale=None if "upscale" not in settings else upscale_from(settings["upscale"]),
             tile=settings.get("tile"),
-            control=None if "control" not in settings else control_from(settings["control"]),
+            control=None if "control" not in settings else control_from(_without_paths(settings["control"])),
         )
         index = request.seeds.index(settings["seed"])
         texts = [settings[name] for name in ("dtype", "device", "attention")] + [*(template or ())]
@@ -130,8 +130,8 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
 
 
 def _without_paths(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """An edit as pictures record it; a path in it was put there by somebody else."""
-    return {name: {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value for name, value in stored.items()}
+    """An edit or control as pictures record it; a path in it was put there by somebody else."""
+    return {name: _without_paths(value) if isinstance(value, dict) else value for name, value in stored.items() if name != "path"}
 
 
 def check_size(path: Path, request: Request) -> None:

@@ -237,6 +237,7 @@ def resolve(
     control_scale: float | None = None,
     control_start: float | None = None,
     control_end: float | None = None,
+    control_depth_model: Path | str | None = None,
 ) -> Request:
     """Fill in the model's defaults and check every value; the arguments are the fields of `Request`, None is the model's default.
 
@@ -264,8 +265,8 @@ def resolve(
         raise UsageError("one of --width and --height is given for --init-image; give both, or neither to keep the picture's own size.")
     steered = None
     if not isinstance(control, Control):
-        network = _path(control_model)
-        steered = resolved_control(folder, _path(control_image), control, network, control_scale, control_start, control_end)
+        shares, networks = (control_start, control_end), (_path(control_model), _path(control_depth_model))
+        steered = resolved_control(folder, _path(control_image), control, networks[0], control_scale, *shares, networks[1])
     size = (own.width, own.height) if edit is None else (edit.init_image.width, edit.init_image.height)
     request = Request(
         prompt=checked_text("the prompt", prompt),

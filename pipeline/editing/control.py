@@ -4,8 +4,9 @@ The networks are diffusers' own; ours take what they add (`unet/denoiser.py`). I
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from ...contracts import Conditioning
 from ...errors import ModelError, UnsafeError, UsageError
 from ...schedulers.schedules import SigmaSchedule
 from ...unet.denoiser import Residuals
-from ...weights import files_sha256, read_json, weight_files
-from ..folder import ModelFolder, refuse_code
+from ...weights import read_json
+from ..folder import ModelFolder
+from .depth import checked_estimator, depth_map
 from .inputs import InputPicture, examined, fitted, picture_from, pixels_of
+from .networks import Beside, beside, beside_from, open_beside
 
-KINDS = ("none", "canny")
+KINDS = ("none", "canny", "depth")
+WEIGHTS = "diffusion_pytorch_model"
 _CANNY = (100, 200)  # thresholds that the published canny ControlNets' examples use
 _PUBLISHED = (16, 32, 96, 256)  # widths of the layers that read the picture, where a config names none
 _SAME = ("block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")  # as the U-Net has them
@@ -34,13 +38,14 @@ class Control:
 
     Attributes:
         image: the picture.
-        kind: "none" where it is what the network reads, "canny" to find its edges first.
+        kind: "none" where it is what the network reads, "canny" to find its edges first, "depth" to estimate its depth.
         model: name of the network's folder.
         sha256: of its files.
         path: where it was; not recorded in pictures.
         scale: factor on what the network adds.
         start: 0..1, share of the steps after which it begins.
         end: 0..1, share of the steps after which it ends.
+        estimator: what estimates depth; None where nothing does.
     """
 
     image: InputPicture
@@ -51,12 +56,14 @@ class Control:
     scale: float
     start: float
     end: float
+    estimator: Beside | None = None
 
     @property
     def recorded(self) -> dict[str, Any]:
         """What pictures and keys say of it: all but paths."""
         names = ("kind", "model", "sha256", "scale", "start", "end")
-        return {"image": self.image.recorded, **{name: getattr(self, name) for name in names}}
+        depth = {} if self.estimator is None else {"estimator": self.estimator.recorded}
+        return {"image": self.image.recorded, **{name: getattr(self, name) for name in names}, **depth}
 
 
 def resolved_control(
@@ -67,6 +74,7 @@ def resolved_control(
     scale: float | None,
     start: float | None,
     end: float | None,
+    depth_model: Path | None,
 ) -> Control | None:
     """Read and check what steers a drawing; no weights are loaded.
 
@@ -78,54 +86,57 @@ def resolved_control(
         scale: None is 1.
         start: None is 0.
         end: None is 1.
+        depth_model: folder of what estimates depth, for the kind "depth" alone.
 
     Raises:
         UsageError: one of image and model is missing, or options without them; a kind that is not computed here; a model that takes no ControlNet.
         DataError: see `inputs.examined`.
-        UnsafeError, ModelError: the ControlNet's folder is not safe, not valid, or made for another U-Net.
+        UnsafeError, ModelError: a folder is not safe, not valid, or the ControlNet is made for another U-Net.
     """
     for option, value, other, given in (
         ("control-image", image, "control-model", model),
         ("control-model", model, "control-image", image),
         *((name, value, "control-image", image) for name, value in (("control", kind), ("control-scale", scale))),
         *((name, value, "control-image", image) for name, value in (("control-start", start), ("control-end", end))),
+        ("control-depth-model", depth_model, "control depth", "depth" if kind == "depth" else None),
+        ("control depth", "depth" if kind == "depth" else None, "control-depth-model", depth_model),
     ):
         if value is not None and given is None:
             raise UsageError(f"--{option} needs --{other}; give it, or leave both out.")
     if image is None or model is None:
         return None
     if kind is not None and kind not in KINDS:
-        raise UsageError(f"--control {kind!r:.40} is not computed here, only {' and '.join(KINDS)}; give a ready-made map, with --control none.")
+        raise UsageError(f"--control {kind!r:.40} is not computed here, only {', '.join(KINDS)}; give a ready-made map, with --control none.")
     if kind == "canny" and importlib.util.find_spec("cv2") is None:
         raise UsageError("--control canny needs OpenCV; pip install 'tu-diffuse[control]', or give ready-made edges with --control none.")
     if folder.family not in ("sd", "sdxl"):
         raise UsageError(f"ControlNets are made for SD and SDXL, and {folder.name!r} is of another family; leave out --control-image.")
+    network = checked_network(folder, model)
     return Control(
         image=examined(image, "control-image"),
         kind="none" if kind is None else kind,
-        model=model.resolve().name,
-        sha256=checked_network(folder, model),
-        path=str(model.absolute()),
+        model=network.name,
+        sha256=network.sha256,
+        path=network.path,
         scale=1.0 if scale is None else scale,
         start=0.0 if start is None else start,
         end=1.0 if end is None else end,
+        estimator=None if depth_model is None else checked_estimator(depth_model),
     )
 
 
-def checked_network(folder: ModelFolder, path: Path) -> str:
-    """SHA-256 of a ControlNet's files, once its folder was found to be safe and made for the model's U-Nets.
+def checked_network(folder: ModelFolder, path: Path) -> Beside:
+    """A ControlNet, once its folder was found to be safe and made for the model's U-Nets; no weights are loaded.
 
     Raises:
         UsageError: there is no such folder.
         UnsafeError: it brings code or pickles.
         ModelError: it is not a ControlNet's, or one for another U-Net.
     """
-    if not (path / "config.json").is_file():
-        raise UsageError(f"--control-model {path.name!r} is no folder with a config.json; give a ControlNet as diffusers' save_pretrained writes it.")
-    config = read_json(path / "config.json")
+    network = open_beside(path, "control-model")
+    config = read_json(network / "config.json")
     if config.get("_class_name") != "ControlNetModel":
         raise UnsafeError(f"--control-model {path.name!r} asks for the class {config.get('_class_name')!r:.100}; only ControlNetModel is run here.")
-    refuse_code(path, {}, [])
     for entry in folder.experts:
         theirs = folder.configs[entry.subfolder]
         for name in _SAME:
@@ -134,31 +145,53 @@ def checked_network(folder: ModelFolder, path: Path) -> str:
                     f"--control-model {path.name!r} is made for U-Nets with {name} {config[name]!r:.100}, and {entry.name!r} of {folder.name!r} has "
                     f"{theirs[name]!r:.100}; give the ControlNet of this model's family."
                 )
-    cells = 2 ** (len(config.get("conditioning_embedding_out_channels") or _PUBLISHED) - 1)
+    widths = config.get("conditioning_embedding_out_channels") or _PUBLISHED
+    if not isinstance(widths, list | tuple) or len(widths) > 8:
+        raise ModelError(f"--control-model {path.name!r} has conditioning_embedding_out_channels {widths!r:.100}; up to 8 widths were wanted.")
+    cells = 2 ** (len(widths) - 1)
     if cells != folder.factor:
         raise ModelError(f"--control-model {path.name!r} is made for latents of {cells}×{cells} pixels, and {folder.name!r} has {folder.factor}.")
-    return files_sha256([path / "config.json", *weight_files(path)])
+    return beside(network, WEIGHTS, ["config.json"])
 
 
 def control_from(stored: Mapping[str, Any]) -> Control:
     """A `Control` from its JSON, with or without paths; errors as of `inputs.picture_from`."""
     scale, start, end = (float(stored[name]) for name in ("scale", "start", "end"))
     kind, model, sha256, path = str(stored["kind"]), str(stored["model"]), str(stored["sha256"]), str(stored.get("path", ""))
-    return Control(image=picture_from(stored["image"]), kind=kind, model=model, sha256=sha256, path=path, scale=scale, start=start, end=end)
+    estimator = None if stored.get("estimator") is None else beside_from(stored["estimator"])
+    if (kind == "depth") != (estimator is not None):
+        raise ValueError("a depth map and what estimates it, one without the other")
+    image = picture_from(stored["image"])
+    return Control(image=image, kind=kind, model=model, sha256=sha256, path=path, scale=scale, start=start, end=end, estimator=estimator)
 
 
-def with_network(control: Control, folder: ModelFolder, path: Path | None) -> Control:
-    """The control with its network where it is now.
+def with_networks(control: Control, folder: ModelFolder, path: Path | None, depth_path: Path | None) -> Control:
+    """The control with its networks where they are now.
+
+    Args:
+        control: as recorded.
+        folder: the model.
+        path: of the ControlNet; None where it was.
+        depth_path: of what estimates depth; likewise.
 
     Raises:
-        UsageError: it is missing, or another one was given; says which one was wanted.
+        UsageError: one is missing, or another one was given; says which one was wanted.
     """
-    where = Path(control.path) if path is None else path
-    if str(where) in ("", ".") or not where.is_dir():
-        raise UsageError(f"the ControlNet {control.model!r} (sha256 {control.sha256[:10]}…) is missing; name its folder with --control-model.")
-    if checked_network(folder, where) != control.sha256:
-        raise UsageError(f"{where.name!r} is not the ControlNet {control.model!r} (sha256 {control.sha256[:10]}…) that was used; give that one.")
-    return replace(control, path=str(where.absolute()))
+    there = Beside(control.model, control.sha256, control.path)
+    network = _found_again(there, path, "ControlNet", "control-model", partial(checked_network, folder))
+    if control.estimator is None:
+        return replace(control, path=network.path)
+    estimator = _found_again(control.estimator, depth_path, "depth model", "control-depth-model", checked_estimator)
+    return replace(control, path=network.path, estimator=estimator)
+
+
+def _found_again(wanted: Beside, named: Path | None, what: str, option: str, check: Callable[[Path], Beside]) -> Beside:
+    if named is None and not (wanted.path and Path(wanted.path).is_dir()):
+        raise UsageError(f"the {what} {wanted.name!r} (sha256 {wanted.sha256[:10]}…) is missing; name its folder with --{option}.")
+    now = check(Path(wanted.path) if named is None else named)
+    if now.sha256 != wanted.sha256:
+        raise UsageError(f"{now.name!r} is not the {what} {wanted.name!r} (sha256 {wanted.sha256[:10]}…) that was used; name that one with --{option}.")
+    return now
 
 
 def hint_of(control: Control, width: int, height: int, resize: str) -> Tensor:
@@ -166,10 +199,17 @@ def hint_of(control: Control, width: int, height: int, resize: str) -> Tensor:
 
     Raises:
         UsageError: the picture is gone, or is not what it was.
+        UnsafeError, ModelError: see `depth.depth_map`.
     """
+    if control.estimator is not None:
+        return _as_hint(np.repeat(fitted(depth_map(control.estimator, control.image), width, height, resize)[:, :, None], 3, axis=2))
     picture = fitted(pixels_of(control.image), width, height, resize)
     if control.kind == "canny":
         picture = _edges(picture)
+    return _as_hint(picture)
+
+
+def _as_hint(picture: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(picture.astype(np.float32) / 255).permute(2, 0, 1)[None]
 
 

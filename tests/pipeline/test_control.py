@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from control_networks import control_network
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,22 +34,9 @@ class _Listening(LatentCodec):
         return super().decode(latents)
 
 
-def _network(folder: Path, out: Path) -> Path:
-    """A random ControlNet for a folder's U-Net, saved by diffusers."""
-    from diffusers import ControlNetModel
-    from tiny_models import randomised
-
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    names = ("block_out_channels", "down_block_types", "layers_per_block", "norm_num_groups", "cross_attention_dim", "attention_head_dim")
-    names = (*names, "use_linear_projection", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    network = ControlNetModel(**{name: config[name] for name in names if config.get(name) is not None}, conditioning_embedding_out_channels=(4, 8))
-    randomised(network, 5).save_pretrained(out)
-    return out
-
-
 @pytest.fixture(scope="module")
 def control(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _network(sd1_folder, tmp_path_factory.mktemp("control") / "edges")
+    return control_network(sd1_folder, tmp_path_factory.mktemp("control") / "edges")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +95,7 @@ def test_sd_latents_equal_diffusers(sd1_folder: Path, control: Path, picture: Pa
 
 
 def test_sdxl_latents_equal_diffusers(sdxl_folder: Path, picture: Path, tmp_path: Path):
-    network = _network(sdxl_folder, tmp_path / "xl")
+    network = control_network(sdxl_folder, tmp_path / "xl")
     wanted = _wanted("StableDiffusionXLControlNetPipeline", sdxl_folder, network, picture, controlnet_conditioning_scale=1.0)
     got = _latents(sdxl_folder, control_image=picture, control_model=network)
     print(f"{float((got - wanted).abs().max()):.1e}")
@@ -165,7 +153,9 @@ def test_what_cannot_be_is_refused(sd1_folder: Path, ensemble_folder: Path, cont
         ({"control_image": picture}, UsageError, "--control-image needs --control-model"),
         ({"control_model": control}, UsageError, "--control-model needs --control-image"),
         ({"control": "canny"}, UsageError, "--control needs --control-image"),
-        ({**both, "control": "depth"}, UsageError, "--control 'depth' is not computed here"),
+        ({**both, "control": "pose"}, UsageError, "--control 'pose' is not computed here"),
+        ({**both, "control": "depth"}, UsageError, "--control depth needs --control-depth-model"),
+        ({**both, "control_depth_model": control}, UsageError, "--control-depth-model needs --control depth"),
         ({**both, "control_start": 0.91, "control_end": 0.95}, UsageError, "leave none of 30 steps"),
         ({**both, "control_scale": -1.0}, UsageError, "--control-scale -1 is out of range"),
         ({**both, "tile": "x"}, UsageError, "--tile cannot be used together"),

@@ -1,0 +1,81 @@
+"""Networks that are brought beside a model, each in a folder of its own: found, refused where they could do harm, known by their content."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import UsageError
+from ...weights import files_sha256, read_headers, weight_files
+from ..folder import refuse_code, refuse_files
+from ..hub.models import found, origin_of
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A network beside the model.
+
+    Attributes:
+        name: of its folder, or of a hub's network owner/name.
+        sha256: of its files.
+        path: where it was; not recorded in pictures.
+    """
+
+    name: str
+    sha256: str
+    path: str
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """What pictures and keys say of it: all but the path."""
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def beside_from(stored: Mapping[str, Any]) -> Beside:
+    """A network from its JSON, with or without a path; raises KeyError and TypeError where it is none."""
+    return Beside(str(stored["name"]), str(stored["sha256"]), str(stored.get("path", "")))
+
+
+def open_beside(path: Path, what: str) -> Path:
+    """Find a network's folder, and refuse what in it could do harm. Reads its JSON only.
+
+    Args:
+        path: a folder, or a name of the hub, owner/name (see `hub.found`).
+        what: the option that names it, such as "control-model".
+
+    Raises:
+        UsageError: there is no such folder.
+        UnsafeError: it brings code, asks for some, or has links that lead out of it.
+    """
+    folder = found(path)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--{what} {path.name!r} is no folder with a config.json; give one as save_pretrained writes it (safetensors).")
+    refuse_files(folder)
+    refuse_code(folder, {}, [])
+    return folder
+
+
+def beside(folder: Path, stem: str, texts: Sequence[str]) -> Beside:
+    """A network in a folder that was opened; the headers of its weights are checked.
+
+    Args:
+        folder: from `open_beside`.
+        stem: of its weight files.
+        texts: the JSON files that decide what it computes.
+
+    Raises:
+        UnsafeError: its weights are pickles.
+        ModelError: they are missing or damaged.
+    """
+    read_headers(folder, stem)
+    files = [*(folder / name for name in texts), *weight_files(folder, stem)]
+    origin = origin_of(folder)
+    digest = _sha256(tuple((str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    return Beside(folder.resolve().name if origin is None else origin.repo, digest, str(folder.absolute()))
+
+
+@lru_cache(maxsize=64)
+def _sha256(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Of files with their times and sizes, with which another content under the same name is another one."""
+    return files_sha256(Path(name) for name, _, _ in files)

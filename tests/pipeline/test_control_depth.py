@@ -1,0 +1,154 @@
+"""Depth maps for ControlNets: those of transformers' own pipeline, recorded, and refused where the network is not what it should be."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from control_networks import BACKBONES, control_network, depth_network
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tu_diffuse.cli.main import run
+from tu_diffuse.errors import ModelError, TuDiffuseError, UnsafeError, UsageError
+from tu_diffuse.pipeline.editing.depth import checked_estimator, depth_map
+from tu_diffuse.pipeline.editing.inputs import examined
+from tu_diffuse.pipeline.metadata import read_metadata
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)).resize((50, 36)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def depth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return depth_network(tmp_path_factory.mktemp("depth") / "dpt")
+
+
+@pytest.fixture(scope="module")
+def control(sd1_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return control_network(sd1_folder, tmp_path_factory.mktemp("control") / "near")
+
+
+def wanted(network: Path, picture: Path) -> Image.Image:
+    import transformers
+
+    return transformers.pipeline("depth-estimation", model=str(network), device="cpu")(Image.open(picture))["depth"]
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_maps_equal_transformers_pipeline(kind: str, picture: Path, tmp_path: Path):
+    network = depth_network(tmp_path / kind, kind)
+    got = depth_map(checked_estimator(network), examined(picture, "control-image"))
+    assert np.array_equal(got, np.asarray(wanted(network, picture)))
+    assert got.shape == (36, 50)
+    assert (got.min(), got.max()) == (0, 255)
+
+
+def test_the_first_fusion_layer_may_lack_what_it_does_not_use(depth: Path, picture: Path, tmp_path: Path):
+    lean = shutil.copytree(depth, tmp_path / "lean")
+    state = load_file(lean / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("neck.fusion_stage.layers.0.residual_layer1.")}
+    assert len(kept) == len(state) - 4
+    save_file(kept, lean / "model.safetensors", {"format": "pt"})
+    image = examined(picture, "control-image")
+    assert np.array_equal(depth_map(checked_estimator(lean), image), depth_map(checked_estimator(depth), image))
+
+
+def test_drawn_recorded_and_drawn_again(sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    ready = tmp_path / "ready.png"
+    wanted(depth, picture).save(ready)
+    shared = ["--model", str(sd1_folder), "--device", "cpu", "--seed", "1", "--steps", "3", "--control-model", str(control)]
+    by_hand, ours = tmp_path / "by-hand.png", tmp_path / "ours.png"
+    asked = ["--control", "depth", "--control-image", str(picture), "--control-depth-model", str(depth)]
+    assert run(["generate", "a", "--out", str(by_hand), "--control-image", str(ready), *shared]) == 0
+    assert run(["generate", "a", "--out", str(ours), *asked, *shared]) == 0
+    assert np.array_equal(np.asarray(Image.open(by_hand)), np.asarray(Image.open(ours)))
+    recorded = read_metadata(ours)["control"]
+    assert recorded["kind"] == "depth"
+    assert recorded["estimator"] == {"name": "dpt", "sha256": checked_estimator(depth).sha256}
+    assert str(tmp_path).encode() not in ours.read_bytes()
+    replayed = ["replay", str(ours), "--model", str(sd1_folder), "--input", str(picture), "--control-model", str(control)]
+    capsys.readouterr()
+    assert run(replayed) == 2
+    assert "the depth model 'dpt'" in capsys.readouterr().err
+    assert run([*replayed, "--control-depth-model", str(control)]) == 3  # another network
+    assert run([*replayed, "--control-depth-model", str(depth)]) == 0
+    assert "equal" in capsys.readouterr().out
+
+
+def test_batch_and_its_pictures_alone(sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Networks and pictures are found where the plan says, and once they have moved, where replay is told."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    shutil.copytree(control, work / "near")
+    shutil.copytree(depth, work / "dpt")
+    shutil.copy(picture, work / "photo.png")
+    shared = {"steps": 3, "control_image": "photo.png", "control_model": "near", "control": "depth", "control_depth_model": "dpt"}
+    (work / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt, **shared}) + "\n" for prompt in "ab"))
+    model = ["--model", str(sd1_folder)]
+    assert run(["batch", str(work / "p.jsonl"), "--out", str(out), *model, "--device", "cpu"]) == 0
+    first = sorted(out.glob("*.png"))[0]
+    assert run(["replay", str(first), *model]) == 0
+    work.rename(tmp_path / "moved")
+    alone = Path(shutil.copy(first, tmp_path / "alone.png"))
+    moved = ["--input", str(tmp_path / "moved"), "--control-model", str(tmp_path / "moved" / "near")]
+    for path in (first, alone):
+        capsys.readouterr()
+        assert run(["replay", str(path), *model, "--input", str(tmp_path / "moved")]) == 2
+        assert "the ControlNet 'near'" in capsys.readouterr().err
+        assert run(["replay", str(path), *model, *moved]) == 2
+        assert "the depth model 'dpt'" in capsys.readouterr().err
+        assert run(["replay", str(path), *model, *moved, "--control-depth-model", str(tmp_path / "moved" / "dpt")]) == 0
+        assert run(["info", str(path)]) == 0
+
+
+def test_what_cannot_be_is_refused(depth: Path, control: Path, picture: Path, tmp_path: Path):
+    cases: list[tuple[str, dict[str, Any], type[TuDiffuseError], str]] = [
+        ("config.json", {"model_type": "clip"}, UnsafeError, "only dpt, depth_anything"),
+        ("config.json", {"model_type": "zoedepth"}, UnsafeError, "only dpt, depth_anything"),
+        ("config.json", {"model_type": "depth_anything", "depth_estimation_type": "metric"}, ModelError, "metres"),
+        ("config.json", {"backbone": "someone/model"}, UnsafeError, "names another network"),
+        ("config.json", {"backbone_config": {"model_type": "timm_backbone", "backbone": "resnet"}}, UnsafeError, "only beit"),
+        ("config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, UnsafeError, "custom code"),
+        ("preprocessor_config.json", {"image_processor_type": "EvilProcessor"}, UnsafeError, "EvilProcessor"),
+        ("preprocessor_config.json", {"auto_map": {}}, UnsafeError, "custom code"),
+        ("preprocessor_config.json", {"size": {"height": 10**6, "width": 10**6}}, ModelError, "size"),
+        ("preprocessor_config.json", {"do_resize": False}, ModelError, "do_resize"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, ModelError, "image_std"),
+    ]
+    for number, (name, change, error, said) in enumerate(cases):
+        folder = shutil.copytree(depth, tmp_path / str(number))
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+        with pytest.raises(error, match=said):
+            checked_estimator(folder)
+    with pytest.raises(UsageError, match="no folder"):
+        checked_estimator(tmp_path)
+    with pytest.raises(UnsafeError):
+        checked_estimator(control)
+
+
+def test_what_does_not_fit_is_said_when_it_is_loaded(depth: Path, picture: Path, tmp_path: Path):
+    image = examined(picture, "control-image")
+    for number, (change, said) in enumerate(
+        (
+            ({"hidden_size": 32, "pooler_output_size": 32}, "more numbers"),
+            ({"num_hidden_layers": 3, "backbone_out_indices": [0, 1, 2, 2]}, "unexpected_keys"),
+            ({"num_hidden_layers": 10**6}, "any real network"),
+            ({"neck_hidden_sizes": [8, 4, 8, 8]}, "cannot load"),
+            ({"num_attention_heads": 0}, "cannot load"),
+        )
+    ):
+        folder = shutil.copytree(depth, tmp_path / str(number))
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+        with pytest.raises(ModelError, match=said):
+            depth_map(checked_estimator(folder), image)
+    folder = shutil.copytree(depth, tmp_path / "nan")
+    state = load_file(folder / "model.safetensors")
+    state[next(iter(state))].view(-1)[0] = float("nan")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="holds NaN"):
+        depth_map(checked_estimator(folder), image)
