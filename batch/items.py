@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import DataError, ModelError, UnsafeError, UsageError
 from ..pipeline.adapters.adapters import Shelf
 from ..pipeline.folder import ModelFolder
+from ..pipeline.hub.models import hub_name
 from ..pipeline.output import picture_name
 from ..pipeline.request import Request, recorded, resolve_all
 from ..pipeline.seeds import MAX_SEED
@@ -105,7 +106,7 @@ def make_items(
     told: Counter[tuple[str, str]] = Counter()
     seen: Counter[str] = Counter()
     for line in lines:
-        values = {**defaults, **line.values, **{name: str(beside / line.values[name]) for name in _FILES if line.values.get(name)}}
+        values = {**defaults, **line.values, **{name: _beside(beside, line.values[name]) for name in _FILES if line.values.get(name)}}
         text = (values["prompt"], values.get("negative", ""))
         try:
             seeds = _seeds(values, text, told[text])
@@ -122,6 +123,12 @@ def make_items(
             problems.append(Problem(line.number, line.columns.get("lora", line.columns.get("embedding", 1)), str(error)))
         told[text] += 1
     return items, problems
+
+
+def _beside(folder: Path, name: str) -> str:
+    """A file or folder that a line names, from the prompt file's folder; a name of the hub that is nothing there stays as it is."""
+    path = folder / name
+    return name if hub_name(name) is not None and not path.exists() else str(path)
 
 
 def _seeds(values: Mapping[str, Any], text: tuple[str, str], before: int) -> list[int]:

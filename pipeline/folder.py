@@ -349,7 +349,7 @@ def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse_files(folder: Path) -> None:
-    """Refuse files of code, and links that lead out of the folder; those of a hub cache lead to its own `blobs`, or to those that repositories share."""
+    """Refuse files of code, and links that lead out of the folder; those of a hub cache lead to its `blobs`, or to those that repositories share."""
     root = folder.resolve()
     places = [root, *([root.parents[1] / "blobs", root.parents[2] / "blobs"] if origin_of(root) is not None else [])]
     for path in sorted(folder.rglob("*")):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-BACKBONES = ("dpt", "hybrid", "beit", "depth_anything")
+BACKBONES = ("dpt", "hybrid", "beit", "swinv2", "depth_anything")
 
 
 def control_network(folder: Path, out: Path) -> Path:
@@ -23,7 +23,7 @@ def control_network(folder: Path, out: Path) -> Path:
 
 
 def depth_network(out: Path, kind: str = "dpt") -> Path:
-    """What estimates depth: DPT with its own encoder, with BiT's (hybrid) or BEiT's, or Depth Anything with DINOv2's."""
+    """What estimates depth: DPT with its own encoder, with BiT's (hybrid), BEiT's or Swin V2's, or Depth Anything with DINOv2's."""
     import transformers as t
 
     sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -42,9 +42,14 @@ def depth_network(out: Path, kind: str = "dpt") -> Path:
         case "beit":
             inner = t.BeitConfig(**sizes, intermediate_size=16, image_size=64, patch_size=16, out_features=stages, reshape_hidden_states=False)
             network = t.DPTForDepthEstimation(t.DPTConfig(**shared, backbone_config=inner, backbone_out_indices=None, neck_hidden_sizes=[4, 8, 8, 8]))
+        case "swinv2":
+            layers = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2], "window_size": 4, "patch_size": 4}
+            inner = t.Swinv2Config(**layers, image_size=64, out_features=stages)
+            widths: dict[str, Any] = {"neck_hidden_sizes": [8, 16, 32, 64], "backbone_out_indices": None}
+            network = t.DPTForDepthEstimation(t.DPTConfig(**shared, **widths, backbone_config=inner))
         case _:
             inner = t.Dinov2Config(**sizes, image_size=28, patch_size=14, out_indices=[1, 2, 3, 4], reshape_hidden_states=False)
-            widths: dict[str, Any] = {"reassemble_hidden_size": 16, "neck_hidden_sizes": [4, 8, 8, 8], "head_hidden_size": 4}
+            widths = {"reassemble_hidden_size": 16, "neck_hidden_sizes": [4, 8, 8, 8], "head_hidden_size": 4}
             network = t.DepthAnythingForDepthEstimation(t.DepthAnythingConfig(backbone_config=inner, patch_size=14, fusion_hidden_size=8, **widths))
             processing |= {"ensure_multiple_of": 14, "keep_aspect_ratio": True}
     generator = torch.Generator().manual_seed(3)

@@ -190,7 +190,9 @@ def _found_again(wanted: Beside, named: Path | None, what: str, option: str, che
         raise UsageError(f"the {what} {wanted.name!r} (sha256 {wanted.sha256[:10]}…) is missing; name its folder with --{option}.")
     now = check(Path(wanted.path) if named is None else named)
     if now.sha256 != wanted.sha256:
-        raise UsageError(f"{now.name!r} is not the {what} {wanted.name!r} (sha256 {wanted.sha256[:10]}…) that was used; name that one with --{option}.")
+        raise UsageError(
+            f"{now.name!r} is not the {what} {wanted.name!r} (sha256 {wanted.sha256[:10]}…) that was used; name that one with --{option}."
+        )
     return now
 
 

@@ -4,7 +4,7 @@ Computed on the CPU in float32, so that a picture's map is the same wherever it 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -128,7 +128,9 @@ def _settings(folder: Path) -> dict[str, Any]:
         if kind not in known:
             raise UnsafeError(f"--control-depth-model {folder.name!r} asks for the network {kind!r:.100}; only {', '.join(known)} are run here.")
     if settings.get("backbone") is not None:
-        raise UnsafeError(f"--control-depth-model {folder.name!r} names another network, {settings['backbone']!r:.100}, as its backbone; none is fetched.")
+        raise UnsafeError(
+            f"--control-depth-model {folder.name!r} names another network, {settings['backbone']!r:.100}, as its backbone; none is fetched."
+        )
     if settings.get("depth_estimation_type", "relative") != "relative":
         raise ModelError(f"--control-depth-model {folder.name!r} estimates metres, in which near is small; give one of relative depth.")
     return settings
@@ -178,7 +180,7 @@ def _is_colour(value: object) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(one) in (int, float) and abs(one) <= 1e3 for one in value)
 
 
-_PROCESSED: Mapping[str, Any] = {
+_PROCESSED: Mapping[str, Callable[[Any], bool]] = {
     "do_resize": lambda value: value is True,
     "size": lambda value: value.keys() == {"height", "width"} and all(_is_whole(side, _MOST_PIXELS) for side in value.values()),
     "keep_aspect_ratio": _is_flag,

@@ -59,7 +59,9 @@ def test_the_first_fusion_layer_may_lack_what_it_does_not_use(depth: Path, pictu
     assert np.array_equal(depth_map(checked_estimator(lean), image), depth_map(checked_estimator(depth), image))
 
 
-def test_drawn_recorded_and_drawn_again(sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_drawn_recorded_and_drawn_again(
+    sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     ready = tmp_path / "ready.png"
     wanted(depth, picture).save(ready)
     shared = ["--model", str(sd1_folder), "--device", "cpu", "--seed", "1", "--steps", "3", "--control-model", str(control)]
@@ -81,7 +83,9 @@ def test_drawn_recorded_and_drawn_again(sd1_folder: Path, control: Path, depth: 
     assert "equal" in capsys.readouterr().out
 
 
-def test_batch_and_its_pictures_alone(sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_batch_and_its_pictures_alone(
+    sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Networks and pictures are found where the plan says, and once they have moved, where replay is told."""
     work, out = tmp_path / "work", tmp_path / "out"
     shutil.copytree(control, work / "near")
@@ -152,3 +156,22 @@ def test_what_does_not_fit_is_said_when_it_is_loaded(depth: Path, picture: Path,
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="holds NaN"):
         depth_map(checked_estimator(folder), image)
+
+
+def test_networks_by_their_names_on_the_hub(
+    sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name, folder in (("near", control), ("dpt", depth)):
+        storage = tmp_path / f"models--me--{name}"
+        shutil.copytree(folder, storage / "snapshots" / ("a" * 40))
+        (storage / "refs").mkdir()
+        (storage / "refs" / "main").write_text("a" * 40)
+    line = {"control": "depth", "control_image": picture.name, "control_model": "me/near", "control_depth_model": "me/dpt"}
+    file = picture.with_name("hub.jsonl")
+    file.write_text(json.dumps({"prompt": "a", "steps": 1, **line}) + "\n")
+    assert run(["batch", str(file), "--out", str(tmp_path / "out"), "--model", str(sd1_folder), "--device", "cpu"]) == 0
+    recorded = read_metadata(next((tmp_path / "out").glob("*.png")))["control"]
+    assert (recorded["model"], recorded["estimator"]["name"]) == ("me/near", "me/dpt")
