@@ -32,7 +32,7 @@ from .journal import Entry
 from .plan import Plan
 from .run import Encoded, drawn_together, encoded, keep, missing_batches, missing_items
 from .scores import ScoreModel, Scorer, keep_best, load_scorer, open_score_model
-from .studio import WINDOW_SHARE, Studio, memory_budget, model_bytes
+from .studio import WINDOW_SHARE, Studio, memory_budget
 
 TRIES = 2  # of a batch whose worker dies
 _STORE = 256 * 2**20  # bytes of Ray's object store on a cluster of our own; pictures are in it for moments
@@ -74,6 +74,7 @@ class Task:
         neighbours: see `Cluster`.
         clip: what scores candidates, where items have some.
         files: see `Studio`; on their machines too.
+        size: what the model takes in memory, see `model_bytes`.
     """
 
     version: str
@@ -85,14 +86,17 @@ class Task:
     neighbours: int
     clip: ScoreModel | None
     files: Mapping[str, Path]
+    size: int
 
 
-def make_task(folder: ModelFolder, place: Place, gib: float | None, cluster: Cluster, clip: ScoreModel | None, files: Mapping[str, Path]) -> Task:
+def make_task(
+    folder: ModelFolder, place: Place, gib: float | None, cluster: Cluster, clip: ScoreModel | None, files: Mapping[str, Path], size: int
+) -> Task:
     """What the workers of a cluster are told of a model and files that lie here."""
     path = None if folder.path == EMBEDDED else folder.path.absolute()
     scores = None if clip is None else replace(clip, folder=clip.folder.absolute())
     beside = {sha256: file.absolute() for sha256, file in files.items()}
-    return Task(__version__, path, folder.fingerprint, place, torch.get_num_threads(), gib, cluster.neighbours, scores, beside)
+    return Task(__version__, path, folder.fingerprint, place, torch.get_num_threads(), gib, cluster.neighbours, scores, beside, size)
 
 
 @contextmanager
@@ -322,7 +326,7 @@ class _Worker:
                 raise ModelError(f"{file.name!r} on a machine of the cluster is not the file here; copy it to the same path on all of them.")
         budget = memory_budget(task.gib, task.place) // task.neighbours
         self._window = budget // WINDOW_SHARE
-        self._studio = Studio(folder, task.place, roomy=model_bytes(folder, task.place) < budget, files=task.files)
+        self._studio = Studio(folder, task.place, roomy=task.size < budget, files=task.files)
         return self._studio
 
     def _draw(self, piece: Piece, send: Callable[[Stepped | Drawn | Lost | Counter[str]], None]) -> None:

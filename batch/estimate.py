@@ -62,9 +62,11 @@ def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_
     batches = missing_batches(plan, missing, part)
     mine = [planned for batch in batches for planned in batch if planned.item.key in missing]
     seconds, source = _past(out, len(mine)) or _calibrated(studio, batches, places.count(studio.place) / len(places))
-    parts = len(studio.folder.experts) + 2
+    asked = [planned.item.request for planned in mine]
+    networks = {request.control.sha256 for request in asked if request.control is not None}
+    parts = len(studio.folder.experts) + 2 + len(networks)
     windows = 1 if studio.roomy else max(1, _draft_bytes(studio, batches) // window_bytes)
-    whole = model_bytes(studio.folder, studio.place)
+    whole = model_bytes(studio.folder, studio.place, asked)
     return Expected(
         pictures=len(plan.wanted),
         there=len(done),
@@ -114,8 +116,9 @@ def _calibrated(studio: Studio, batches: Sequence[Sequence[Planned]], share: flo
 
 def _short(item: Item) -> Item:
     edit = None if item.request.edit is None else replace(item.request.edit, strength=1.0)
+    control = None if item.request.control is None else replace(item.request.control, start=0.0, end=1.0)
     schedule = "linspace" if item.request.sampler != "lcm" else "lcm"
-    return replace(item, request=replace(item.request, steps=_STEPS, sigmas=None, schedule=schedule, edit=edit, upscale=None, control=None))
+    return replace(item, request=replace(item.request, steps=_STEPS, sigmas=None, schedule=schedule, edit=edit, upscale=None, control=control))
 
 
 def _draft_bytes(studio: Studio, batches: Sequence[Sequence[Planned]]) -> int:

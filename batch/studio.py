@@ -3,7 +3,7 @@
 import gc
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..pipeline.adapters.adapters import Adapters, LoraUse, Shelf
 from ..pipeline.adapters.embeddings import EmbeddingUse
 from ..pipeline.describe import describe
-from ..pipeline.editing.control import ControlNets
+from ..pipeline.editing.control import ControlNets, network_bytes
 from ..pipeline.folder import ModelFolder
 from ..pipeline.loading import Encode, Place, TextParts, load_codec, load_experts, load_texts, readers_of
 from ..pipeline.request import Request, Round
@@ -30,9 +30,10 @@ WINDOW_SHARE = 4  # of the memory, that drafts may take where the model does not
 _Key = tuple[Text, tuple[LoraUse, ...], tuple[EmbeddingUse, ...]]
 
 
-def model_bytes(folder: ModelFolder, place: Place) -> int:
-    """What all parts of a model take in memory together, from their headers."""
-    return describe(folder)["parameters"] * place.dtype.itemsize
+def model_bytes(folder: ModelFolder, place: Place, requests: Iterable[Request] = ()) -> int:
+    """What all parts of a model take in memory together, from their headers, with the networks that requests bring beside it."""
+    beside = network_bytes([request.control for request in requests], place.dtype)
+    return describe(folder)["parameters"] * place.dtype.itemsize + beside
 
 
 def memory_budget(gib: float | None, place: Place) -> int:
@@ -123,7 +124,7 @@ class Studio:
     def loads(self) -> dict[str, int]:
         """How often each part was loaded."""
         now = Counter() if self._experts is None else self._experts.loads
-        return dict(self._loads + now)
+        return dict(self._loads + now + Counter({"ControlNet": self._controls.loads}))
 
     def _text_readers(self, adapters: Adapters) -> Mapping[str, Encode]:
         if self._encoders is None:
@@ -141,6 +142,7 @@ class Studio:
     def _make_room(self) -> None:
         if not self.roomy:
             self._loads += Counter() if self._experts is None else self._experts.loads
+            self._loads["ControlNet"] += self._controls.loads
             self._encoders = self._readers = self._experts = self._codec = None
             self._controls = ControlNets(self.place.device, self.place.dtype)
             gc.collect()

@@ -206,7 +206,8 @@ def batch(
     if strict and problems:
         raise DataError(f"{blocked} lines of {prompts.name!r} are bad, as listed; correct them, or leave out --strict to draw the others.")
     budgets = [memory_budget(memory, place) // places.count(place) for place in places] if rays is None else []
-    roomy = [model_bytes(folder, place) < budget for place, budget in zip(places, budgets, strict=True)] if rays is None else []
+    sizes = [model_bytes(folder, place, [item.request for item in items]) for place in places]
+    roomy = [size < budget for size, budget in zip(sizes, budgets, strict=True)] if rays is None else []
     windows = [budget // WINDOW_SHARE for budget in budgets]
     if dry_run:
         plan = extend(load_plan(out, folder.fingerprint), items, batch_size)
@@ -229,7 +230,7 @@ def batch(
         studio: Studio | None = None
         try:
             if rays is not None:
-                task = cluster.make_task(folder, places[0], memory, rays, clip, shelf.files)
+                task = cluster.make_task(folder, places[0], memory, rays, clip, shelf.files, sizes[0])
                 told = (loads, reporter.step, reporter.entry, reporter.died)
                 cluster.draw_on_cluster(rays, task, plan, done, out, which, *told)
             elif len(places) > 1:

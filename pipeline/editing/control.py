@@ -4,7 +4,8 @@ The networks are diffusers' own; ours take what they add (`unet/denoiser.py`). I
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,9 @@ from ...contracts import Conditioning
 from ...errors import ModelError, UnsafeError, UsageError
 from ...schedulers.schedules import SigmaSchedule
 from ...unet.denoiser import Residuals
-from ...weights import read_json
+from ...weights import read_headers, read_json
 from ..folder import ModelFolder
+from .depth import WEIGHTS as DEPTH_WEIGHTS
 from .depth import checked_estimator, depth_map
 from .inputs import InputPicture, examined, fitted, picture_from, pixels_of
 from .networks import Beside, beside, beside_from, open_beside
@@ -196,6 +198,17 @@ def _found_again(wanted: Beside, named: Path | None, what: str, option: str, che
     return now
 
 
+def network_bytes(controls: Collection[Control | None], dtype: torch.dtype) -> int:
+    """What the largest ControlNet takes in memory beside the largest depth network, from their headers: one of each is held at a time."""
+    networks = {(control.path, WEIGHTS, dtype.itemsize) for control in controls if control is not None}
+    networks |= {(one.estimator.path, DEPTH_WEIGHTS, 4) for one in controls if one is not None and one.estimator is not None}
+    sizes: dict[str, int] = {WEIGHTS: 0, DEPTH_WEIGHTS: 0}
+    for path, stem, width in networks:
+        numbers = sum(math.prod(entry["shape"]) for entry in read_headers(Path(path), stem).values())
+        sizes[stem] = max(sizes[stem], numbers * width)
+    return sum(sizes.values())
+
+
 def hint_of(control: Control, width: int, height: int, resize: str) -> Tensor:
     """What the network reads of a picture: (1, 3, height, width) float32 in 0..1.
 
@@ -223,11 +236,16 @@ def _edges(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 class ControlNets:
-    """The ControlNet of a model in memory: the one that was asked for last."""
+    """The ControlNet of a model in memory: the one that was asked for last.
+
+    Attributes:
+        loads: how often one was loaded.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._held: tuple[str, Any] | None = None
+        self.loads = 0
 
     def residuals(self, control: Control | None, schedule: SigmaSchedule, first: int) -> Residuals | None:
         """What a round's denoisers add; None for nothing. Loads the network where it is another one than before.
@@ -260,6 +278,7 @@ class ControlNets:
 
             self._held = None
             self._held = control.sha256, library_control(Path(control.path), self._dtype, self._device)
+            self.loads += 1
         return self._held[1]
 
 

@@ -109,7 +109,7 @@ def test_a_batch_that_kills_its_workers_is_left_and_its_neighbours_are_drawn(
     plan = extend(Plan(ensemble.fingerprint), items(*prompts, steps=1), 1)
     deaths: list[str] = []
     with connected(address, "cpu") as found:
-        task = make_task(ensemble, studio().place, None, found, None, {})
+        task = make_task(ensemble, studio().place, None, found, None, {}, 0)
         told: tuple[Any, ...] = (cluster.Counter(), lambda _: None, lambda _: None, deaths.append)
         with pytest.raises(RenderError, match="2 times of each of 1 batches"):
             draw_on_cluster(found, task, plan, {}, tmp_path, (1, 1), *told)
@@ -120,7 +120,7 @@ def test_a_batch_that_kills_its_workers_is_left_and_its_neighbours_are_drawn(
 
 @pytest.fixture
 def task(ensemble: ModelFolder, studio) -> Task:
-    return make_task(ensemble, studio().place, None, Cluster(1, {}, 1), None, {})
+    return make_task(ensemble, studio().place, None, Cluster(1, {}, 1), None, {}, 0)
 
 
 def test_a_worker_refuses_another_model_and_another_version(task: Task) -> None:

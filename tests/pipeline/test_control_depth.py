@@ -10,11 +10,15 @@ import pytest
 from control_networks import BACKBONES, control_network, depth_network
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tu_diffuse.batch.studio import model_bytes
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, TuDiffuseError, UnsafeError, UsageError
 from tu_diffuse.pipeline.editing.depth import checked_estimator, depth_map
 from tu_diffuse.pipeline.editing.inputs import examined
+from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.loading import choose_place
 from tu_diffuse.pipeline.metadata import read_metadata
+from tu_diffuse.pipeline.request import resolve
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +179,24 @@ def test_networks_by_their_names_on_the_hub(
     assert run(["batch", str(file), "--out", str(tmp_path / "out"), "--model", str(sd1_folder), "--device", "cpu"]) == 0
     recorded = read_metadata(next((tmp_path / "out").glob("*.png")))["control"]
     assert (recorded["model"], recorded["estimator"]["name"]) == ("me/near", "me/dpt")
+
+
+def test_both_networks_count_in_memory_and_loads(sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path, capsys):
+    """A budget that holds the model alone does not hold it with its networks, and then each part is let go before the next comes."""
+    folder, place = open_folder(sd1_folder), choose_place(device="cpu")
+    both: dict[str, Any] = {"control_image": picture, "control_model": control, "control": "depth", "control_depth_model": depth}
+    plain, steered = (resolve(folder, "a", [1], steps=3, **asked) for asked in ({}, both))
+    numbers = [sum(tensor.numel() for file in path.glob("*.safetensors") for tensor in load_file(file).values()) for path in (control, depth)]
+    alone, whole = model_bytes(folder, place, [plain]), model_bytes(folder, place, [plain, steered, steered])
+    assert whole - alone == 4 * sum(numbers)
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "steps": 3, **{name: str(value) for name, value in both.items()}}) + "\n")
+
+    def told(memory: int, *more: str) -> dict[str, Any]:
+        asked = ["batch", str(file), "--out", str(tmp_path / f"out{memory}"), "--model", str(sd1_folder), "--device", "cpu"]
+        assert run([*asked, "--memory", str(memory / 2**30), "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert told(whole + 1, "--dry-run")["megabytes"] == round(whole / 1e6, 1)
+    assert told(alone + 1, "--dry-run")["megabytes"] < whole / 1e6
+    assert told(alone + 1)["loads"] == {"text encoders": 1, "unet": 1, "ControlNet": 1, "codec": 1}
