@@ -137,9 +137,9 @@ def main() -> None:
     if options.out is not None:
         told = (
             f"{options.samples} samples of stage {options.stage}, a quarter of them held out; batches of {options.batch_size}, "
-            f"AdamW at {options.lr:g}, weights averaged with decay 0.999, seeds 0 to {options.seeds - 1}"
+            f"AdamW at {options.lr:g}, weights averaged with decay 0.999, {options.seeds} seed{'s' if options.seeds > 1 else ''}"
         )
-        arguments = " ".join(sys.argv[1:])
+        arguments = " ".join(sys.argv[1:]).replace(str(options.work), "DIR")
         options.out.write_text(f"# Two experts against one network\n\n{text}\n\n{told}. Made by `python scripts/compare_experts.py {arguments}`.\n")
 
 

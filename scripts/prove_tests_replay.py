@@ -1,0 +1,138 @@
+"""Draw every picture again that the tests made, from what its file carries: `tu-diffuse info` must read it and `tu-diffuse replay` must find it equal.
+
+    pytest --basetemp DIR                                        # DIR keeps what the tests leave; the long proofs are not needed
+    python scripts/prove_tests_replay.py DIR [--out FILE]
+
+Takes all PNG, JPEG and WebP files below DIR that carry settings of this program, one of those that are equal byte for byte; looks up model, LoRAs,
+embeddings, ControlNet and input pictures among DIR's files by their hashes, as a person would name them. Prints what became of them, with the test that
+left each picture which is not equal: tests that change files on purpose leave pictures that must be refused. `--out` keeps the list.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tu_diffuse.cli.main import run
+from tu_diffuse.errors import TuDiffuseError
+from tu_diffuse.pipeline.adapters.lora_files import find_lora, lora_sha256
+from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.metadata import read_metadata
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass
+class Found:
+    """What lies below the folder, by hash."""
+
+    pictures: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    models: dict[str, list[Path]] = field(default_factory=dict)
+    adapters: dict[str, Path] = field(default_factory=dict)
+    inputs: dict[str, Path] = field(default_factory=dict)
+    controls: list[Path] = field(default_factory=list)
+
+
+def look_through(root: Path) -> Found:
+    """Index a folder."""
+    found, seen = Found(), set[str]()
+    for path in sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
+        if path.suffix.lower() in PICTURES:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            found.inputs.setdefault(digest, path)
+            if digest not in seen:
+                seen.add(digest)
+                with contextlib.suppress(TuDiffuseError, OSError):
+                    settings = read_metadata(path)
+                    if "software" in settings:
+                        found.pictures.append((path, settings))
+        elif path.name in ("model_index.json", "experts.json") or (path.suffix == ".safetensors" and path.parent.name not in ("unet", "vae")):
+            model = path if path.suffix == ".safetensors" else path.parent
+            for prediction in (None, "v_prediction", "epsilon") if model.is_file() else (None,):
+                with contextlib.suppress(TuDiffuseError, OSError, ValueError):
+                    listed = found.models.setdefault(open_folder(model, prediction).fingerprint, [])
+                    listed.extend([] if model in listed else [model])
+            if path.suffix == ".safetensors":
+                with contextlib.suppress(TuDiffuseError, OSError, ValueError):
+                    found.adapters.setdefault(lora_sha256(find_lora(path)), path)
+        elif path.name == "config.json" and "ControlNet" in path.read_text(errors="replace")[:2000]:
+            found.controls.append(path.parent)
+    return found
+
+
+def told(*arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Run a command with --json: exit code, its last line, its sentence of an error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run([*arguments, "--json"])
+    lines = out.getvalue().splitlines()
+    return code, json.loads(lines[-1]) if lines else {}, err.getvalue().strip()
+
+
+def needed(found: Found, settings: dict[str, Any]) -> Iterator[str]:
+    """Options of `replay` for what the picture was made from."""
+    for one in settings.get("loras", []):
+        if (path := found.adapters.get(one["hash"])) is not None:
+            yield f"--lora={path}"
+    for one in settings.get("embeddings", []):
+        if (path := found.adapters.get(one["hash"])) is not None:
+            yield f"--embedding={path}"
+    text = json.dumps([settings.get("edit"), settings.get("control")])
+    yield from (f"--input={found.inputs[digest]}" for digest in set(re.findall(r"[0-9a-f]{64}", text)) & found.inputs.keys())
+
+
+def again(found: Found, path: Path, settings: dict[str, Any]) -> str:
+    """What became of a picture: "equal", "within rounding (company is gone)", or the reason."""
+    code, line, error = told("info", str(path))
+    if code != 0:
+        return f"info: {error}"
+    recorded = settings.get("model", {})
+    models = found.models.get(str(recorded.get("hash")), []) if isinstance(recorded, dict) else []
+    embedded = open_folder(None)
+    tries = [[]] if recorded.get("hash") == embedded.fingerprint else [[f"--model={model}"] for model in models]
+    if not tries:
+        return "the model is gone, or was changed after it"
+    controls = [[f"--control-model={control}"] for control in found.controls] if "control" in settings else [[]]
+    reason = "the ControlNet is gone"
+    for model in tries:
+        for control in controls:
+            code, line, error = told("replay", str(path), *model, *control, *needed(found, settings))
+            if code == 0:
+                return "equal" if line["equal"] else "within rounding, drawn without its company"
+            reason = error.removeprefix("tu-diffuse: ") or f"different by {line.get('largest_difference')} of 255"
+    return reason
+
+
+def main() -> None:
+    """Look through, replay, tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, help="file for a line for each picture")
+    options = parser.parse_args()
+    found = look_through(options.folder)
+    print(f"{len(found.pictures)} different pictures, {sum(map(len, found.models.values()))} models", flush=True)
+    became, lines = Counter[str](), list[str]()
+    for number, (path, settings) in enumerate(found.pictures):
+        what = again(found, path, settings)
+        became[what.split(" (")[0] if what.startswith("equal") else what] += 1
+        lines.append(f"{path.relative_to(options.folder)}\t{what}")
+        if not what.startswith(("equal", "within")):
+            print(lines[-1], flush=True)
+        if number % 100 == 99:
+            print(f"{number + 1} of {len(found.pictures)}", file=sys.stderr, flush=True)
+    if options.out is not None:
+        options.out.write_text("\n".join(lines) + "\n")
+    for what, times in became.most_common():
+        print(f"{times:6} {what}")
+
+
+if __name__ == "__main__":
+    main()
