@@ -1,11 +1,11 @@
-"""Draw every picture again that the tests made, from what its file carries: `tu-diffuse info` must read it and `tu-diffuse replay` must find it equal.
+"""Draw every picture that the tests made again from what its file carries: `tu-diffuse info` must read it, `tu-diffuse replay` must find it equal.
 
     pytest --basetemp DIR                                        # DIR keeps what the tests leave; the long proofs are not needed
     python scripts/prove_tests_replay.py DIR [--out FILE]
 
-Takes all PNG, JPEG and WebP files below DIR that carry settings of this program, one of those that are equal byte for byte; looks up model, LoRAs,
-embeddings, ControlNet and input pictures among DIR's files by their hashes, as a person would name them. Prints what became of them, with the test that
-left each picture which is not equal: tests that change files on purpose leave pictures that must be refused. `--out` keeps the list.
+Takes all PNG, JPEG and WebP files below DIR that carry settings of this program, one of those that are equal byte for byte; finds model, LoRAs,
+embeddings, ControlNet and input pictures among DIR's files by their hashes, and names them as a person would. Prints what became of them, with the
+test that left each picture which is not equal: some tests change pictures or models on purpose. `--out` keeps the list.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def needed(found: Found, settings: dict[str, Any]) -> Iterator[str]:
 
 
 def again(found: Found, path: Path, settings: dict[str, Any]) -> str:
-    """What became of a picture: "equal", "within rounding (company is gone)", or the reason."""
+    """What became of a picture: "equal", "within rounding, drawn without its company", or the reason."""
     code, line, error = told("info", str(path))
     if code != 0:
         return f"info: {error}"
@@ -122,7 +122,7 @@ def main() -> None:
     became, lines = Counter[str](), list[str]()
     for number, (path, settings) in enumerate(found.pictures):
         what = again(found, path, settings)
-        became[what.split(" (")[0] if what.startswith("equal") else what] += 1
+        became[what] += 1
         lines.append(f"{path.relative_to(options.folder)}\t{what}")
         if not what.startswith(("equal", "within")):
             print(lines[-1], flush=True)
