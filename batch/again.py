@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import DataError, RenderError
 from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import Place
+from ..pipeline.place import Place
 from .drafts import Drawn
 from .engine import render
 from .items import Item

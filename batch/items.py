@@ -14,7 +14,8 @@ from ..pipeline.adapters.adapters import Shelf
 from ..pipeline.folder import ModelFolder
 from ..pipeline.hub.models import hub_name
 from ..pipeline.output import picture_name
-from ..pipeline.request import Request, recorded, resolve_all
+from ..pipeline.request import Request, recorded
+from ..pipeline.resolve import resolve_all
 from ..pipeline.seeds import MAX_SEED
 from .lines import Line, Problem
 

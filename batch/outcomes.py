@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..model_files import within_single_file
 from ..pipeline.folder import EMBEDDED, ModelFolder
-from ..pipeline.request import Request, resolve
-from ..weights import within_single_file
+from ..pipeline.request import Request
+from ..pipeline.resolve import resolve
 from .items import Item
 from .journal import Entry, read_journal
 from .plan import Plan

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError, UsageError
-from ..pipeline.folder import fingerprint
+from ..model_files import read_header, read_json
+from ..pipeline.fingerprint import fingerprint
 from ..pipeline.previews import to_image
-from ..weights import check_finite, read_header, read_json
+from ..weights import check_finite
 from .drafts import Drawn, Lost
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"

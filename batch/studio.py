@@ -17,7 +17,9 @@ from ..pipeline.adapters.embeddings import EmbeddingUse
 from ..pipeline.describe import describe
 from ..pipeline.editing.control import ControlNets, network_bytes
 from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import Encode, Place, TextParts, load_codec, load_experts, load_texts, readers_of
+from ..pipeline.loading import load_codec, load_experts
+from ..pipeline.place import Place
+from ..pipeline.readers import Encode, TextParts, load_texts, readers_of
 from ..pipeline.request import Request, Round
 from ..schedulers.schedules import SigmaSchedule
 from ..text_encoders.prompts import Text

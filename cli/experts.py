@@ -218,7 +218,7 @@ def suggest_boundary(
     largest gain), timestep and sigma (the border; null: none), lowest and highest (borders found with an eighth of the pictures left out), command.
     """
     del debug  # read in main.py
-    from ..pipeline.loading import choose_device
+    from ..pipeline.place import choose_device
     from ..shards.index import index_shards
     from ..shards.specs import expand
     from ..training.boundary import suggest_boundary as suggest

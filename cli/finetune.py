@@ -132,7 +132,7 @@ def finetune(
 
     import torch
 
-    from ..pipeline.loading import choose_device
+    from ..pipeline.place import choose_device
     from ..shards.filters import check_filters, drop_reason
     from ..shards.index import index_shards
     from ..shards.specs import expand
@@ -275,7 +275,7 @@ def _drawer(plan: "Plan", out: Path, device: Any) -> Any:
     from ..pipeline.loading import load_model
     from ..pipeline.metadata import encode_picture
     from ..pipeline.previews import to_image
-    from ..pipeline.request import resolve
+    from ..pipeline.resolve import resolve
     from ..pipeline.text_to_image import Picture, text_to_image
     from ..training.run_report import picture_name
 

@@ -101,7 +101,8 @@ def generate(
     from ..pipeline.metadata import encode_picture
     from ..pipeline.output import plan_target, publish
     from ..pipeline.previews import LivePreview, StepsStrip, to_image
-    from ..pipeline.request import batches, resolve_all, steps_of
+    from ..pipeline.request import batches, steps_of
+    from ..pipeline.resolve import resolve_all
     from ..pipeline.seeds import random_seed
     from ..pipeline.text_to_image import Progress, text_to_image
     from .progress import Reporter

@@ -58,7 +58,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """The command as Typer is to see it: where it takes a dataclass, it has the dataclass's fields as options, with their types and defaults."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     options: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name in groups:

@@ -9,7 +9,7 @@ import typer
 
 @dataclass(frozen=True)
 class EditOptions:
-    """A picture to begin with, a second round on the enlarged drawing, and tiling; as `pipeline.request.resolve` takes them."""
+    """A picture to begin with, a second round on the enlarged drawing, and tiling; as `pipeline.resolve.resolve` takes them."""
 
     init_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Begin with this picture (PNG, JPEG, WebP). See docs/editing.md.")] = None
     strength: Annotated[float | None, typer.Option(help="0..1: share of the steps that are taken on it. [default: 0.75, with --mask 1]")] = None
@@ -25,7 +25,7 @@ class EditOptions:
 
 @dataclass(frozen=True)
 class ControlOptions:
-    """What steers the drawing through a ControlNet; as `pipeline.request.resolve` takes it."""
+    """What steers the drawing through a ControlNet; as `pipeline.resolve.resolve` takes it."""
 
     control: Annotated[str | None, typer.Option(help="What to make of --control-image: none (it is a map), canny, depth. [default: none]")] = None
     control_image: Annotated[Path | None, typer.Option(metavar="FILE", help="Steer the drawing by this, through --control-model.")] = None

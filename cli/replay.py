@@ -62,7 +62,8 @@ def replay(
     from ..pipeline.editing.control import with_networks
     from ..pipeline.editing.inputs import located
     from ..pipeline.folder import open_folder
-    from ..pipeline.loading import adapted_to, choose_place, load_model
+    from ..pipeline.loading import adapted_to, load_model
+    from ..pipeline.place import choose_place
     from ..pipeline.replay import check_size, compare, made_with, model_of, redraw, request_of
     from ..pipeline.request import Request, with_pictures
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelError, OutputError, UsageError
+from ..model_files import read_safetensors, read_weights, single_file_layout, within_single_file
 from ..schedulers.noise import NoiseSchedule
 from ..single_file.documents import documents
 from ..single_file.layout import EMA, TEXT_PREFIXES, Layout, layout_of
@@ -33,10 +34,10 @@ from ..unet.deltas import chain, expert_sha256, read_expert
 from ..unet.experts import write_experts
 from ..vae.autoencoder import modernise_keys
 from ..vae.config import AutoencoderConfig
-from ..weights import placed, read_safetensors, read_weights, single_file_layout, within_single_file
+from ..weights import placed
 from .adapters.adapters import NO_ADAPTERS, Adapters, baked
 from .folder import ModelFolder, open_folder
-from .loading import DTYPES
+from .place import DTYPES
 from .staging import copy_folder, staged_folder, write_file
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -49,7 +50,7 @@ def convert(model: ModelFolder, out: Path, dtype: str | None = None, ema: bool =
     Args:
         model: a folder or a single file; experts that are stored as deltas are written whole.
         out: must not exist.
-        dtype: a name in `loading.DTYPES` for all floating-point tensors; None keeps theirs.
+        dtype: a name in `place.DTYPES` for all floating-point tensors; None keeps theirs.
         ema: of a single file, its averaged U-Net (`model_ema.`) in place of the other.
         adapters: LoRAs to add for good.
 

@@ -6,70 +6,27 @@ checkpoint is read as the folder that it would be (`single_file/`).
 """
 
 import hashlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import ModelError, UnsafeError, UsageError
+from ..model_files import is_pickle_name, read_json, single_file_layout, weight_bytes, within_single_file
 from ..schedulers.noise import NoiseSchedule
-from ..schedulers.registry import SAMPLERS
 from ..single_file import SUFFIX
 from ..single_file.documents import documents
 from ..single_file.layout import PREDICTIONS
 from ..unet.deltas import chain, own_files
 from ..unet.experts import ExpertEntry, read_experts
-from ..weights import is_pickle_name, read_json, single_file_layout, weight_bytes, weight_files, within_single_file
+from .allowed import allowed_parts, refuse_code, refuse_files, refuse_pickles
+from .defaults import Defaults, read_defaults
+from .fingerprint import add_sample, fingerprint
 from .hub.models import found, origin_of
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
 
-# (library, class) pairs that a model_index.json may name. Safety checkers and picture encoders are known and not loaded.
-_NETWORKS = {
-    ("transformers", "CLIPTextModel"),
-    ("transformers", "CLIPTextModelWithProjection"),
-    ("transformers", "T5EncoderModel"),
-    ("transformers", "CLIPTokenizer"),
-    ("transformers", "CLIPTokenizerFast"),
-    ("transformers", "T5Tokenizer"),
-    ("transformers", "T5TokenizerFast"),
-    ("diffusers", "UNet2DConditionModel"),
-    ("diffusers", "AutoencoderKL"),
-    ("diffusers", "AutoencoderDC"),
-    ("diffusers", "AutoencoderTiny"),
-    ("diffusers", "AsymmetricAutoencoderKL"),
-    ("tu_diffuse", "Conditioner"),
-    ("tu_diffuse", "T5Residual"),
-}
-_NOT_LOADED = {
-    ("transformers", "CLIPImageProcessor"),
-    ("transformers", "CLIPFeatureExtractor"),
-    ("transformers", "CLIPVisionModelWithProjection"),
-    ("stable_diffusion", "StableDiffusionSafetyChecker"),
-}
-# The sampler that comes closest to each scheduler class; the spacing is read from the scheduler's own config.
-_SAMPLERS = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddpm",
-    "PNDMScheduler": "dpmpp_2m",
-    "LMSDiscreteScheduler": "dpmpp_2m",
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "HeunDiscreteScheduler": "heun",
-    "KDPM2DiscreteScheduler": "heun",
-    "KDPM2AncestralDiscreteScheduler": "dpmpp_sde",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "DPMSolverSinglestepScheduler": "dpmpp_2m",
-    "DPMSolverSDEScheduler": "dpmpp_sde",
-    "DEISMultistepScheduler": "dpmpp_2m",
-    "SASolverScheduler": "dpmpp_2m_sde",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
-    "TCDScheduler": "lcm",
-}
-_ALLOWED = _NETWORKS | _NOT_LOADED | {("diffusers", name) for name in _SAMPLERS}
 TEXT_PARTS = {
     "sd": ("text_encoder", "tokenizer"),
     "sdxl": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -79,40 +36,6 @@ TEXT_PARTS = {
     "sd-t5": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner"),
 }
 """The families of models, and the parts that each reads prompts with."""
-_PIPELINES = (
-    "TuDiffusePipeline",
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusionXLInpaintPipeline",
-    "LatentConsistencyModelPipeline",
-)
-_CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")
-_CODE_FILE = re.compile(r".*\.(py[a-z]?|so(\.\d+)*|dll|dylib)", re.IGNORECASE)
-# What the configs of parts may name; the classes themselves are ours or diffusers', chosen by model_index.json.
-_TOKENIZERS = {name for _, name in _NETWORKS if "Tokenizer" in name} | {"PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"}
-_CLASS_KEYS = {
-    "_class_name": {name for _, name in _NETWORKS} | _SAMPLERS.keys(),
-    "architectures": {"CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "T5Model", "T5ForConditionalGeneration"},
-    "tokenizer_class": _TOKENIZERS,
-}
-_PART_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
-_TEXTS = (".json", ".txt", ".model")
-_SAMPLED_BLOCKS, _BLOCK = 16, 65536
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a model draws best with; sizes in pixels."""
-
-    width: int
-    height: int
-    steps: int
-    sampler: str
-    schedule: str
-    guidance: float
 
 
 @dataclass(frozen=True)
@@ -120,7 +43,7 @@ class ModelFolder:
     """What the JSON files of a model folder say.
 
     Attributes:
-        path: the folder, or the way into a single file (see `weights.within_single_file`).
+        path: the folder, or the way into a single file (see `model_files.within_single_file`).
         name: the folder's or file's own name, or of a hub's model owner/name; what pictures record.
         commit: of a hub's model, what it was resolved to; None of any other.
         fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
@@ -186,7 +109,7 @@ def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelF
         named = "this installation has no embedded model" if path is None else f"model folder {str(path)!r} is not there"
         raise UsageError(f"{named}; give a diffusers folder or a .safetensors file with --model.")
     if not (folder / "model_index.json").is_file():
-        _refuse_pickles(folder)
+        refuse_pickles(folder)
         raise ModelError(f"{folder.name!r} holds no model_index.json; a folder that diffusers' save_pretrained or tu-diffuse wrote was wanted.")
     refuse_files(folder)
     index = read_json(folder / "model_index.json")
@@ -217,7 +140,7 @@ def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelF
         experts=experts,
         factor=factor,
         noise=noise,
-        defaults=_defaults(folder, family, configs, factor, noise),
+        defaults=read_defaults(folder, family, configs, factor, noise),
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
     )
 
@@ -242,7 +165,7 @@ def _open_single_file(path: Path, prediction_type: str | None) -> ModelFolder:
     configs = {name: files[f"{name}/{_config_name(name)}"] for name in parts if not name.startswith("tokenizer")}
     family, factor, noise = _family(folder, parts), _factor(configs["vae"]), NoiseSchedule.from_config(configs["scheduler"])
     digest = hashlib.sha256(f"{prediction}\0".encode())
-    _sample(digest, file)
+    add_sample(digest, file)
     origin = origin_of(file.parent)
     return ModelFolder(
         path=folder,
@@ -255,51 +178,9 @@ def _open_single_file(path: Path, prediction_type: str | None) -> ModelFolder:
         experts=read_experts(folder),
         factor=factor,
         noise=noise,
-        defaults=_defaults(folder, family, configs, factor, noise),
+        defaults=read_defaults(folder, family, configs, factor, noise),
         zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
     )
-
-
-def fingerprint(folder: Path, names: Sequence[str]) -> str:
-    """SHA-256 over the files that decide a picture: names, sizes, and 16 evenly spaced blocks of 64 KiB (all of a file of up to 1 MiB).
-
-    It tells models apart in milliseconds even for many gigabytes; it is no protection against a file changed on purpose between the blocks.
-    `defaults.json` is left out: pictures record the settings themselves. So are weights that are not loaded, such as variants beside plain ones.
-
-    Args:
-        folder: the model; the texts in it count.
-        names: of its components; "." where the folder itself holds weights.
-    """
-    digest = hashlib.sha256()
-    texts = [path for path in sorted(folder.iterdir()) if path.suffix in _TEXTS and path.name != "defaults.json" and path.is_file()]
-    for path in [*texts, *(path for name in sorted(names) for path in _deciding(folder / name))]:
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-        _sample(digest, path)
-    return digest.hexdigest()
-
-
-def _sample(digest: "hashlib._Hash", path: Path) -> None:
-    """Add a file's size, and sampled blocks of its content."""
-    size = path.stat().st_size
-    digest.update(f"{size}\0".encode())
-    with path.open("rb") as file:
-        if size <= _SAMPLED_BLOCKS * _BLOCK:
-            digest.update(file.read())
-        else:
-            for i in range(_SAMPLED_BLOCKS):
-                file.seek((size - _BLOCK) * i // (_SAMPLED_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
-
-
-def _deciding(folder: Path) -> list[Path]:
-    """The files of a component that decide a picture: all texts and weights, but of whole weights only those that are loaded."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (*_TEXTS, ".safetensors") and path.is_file())
-    for stem in ("diffusion_pytorch_model", "model"):
-        weights = {path for path in files if path.name.startswith((f"{stem}.", f"{stem}-")) and ".safetensors" in path.name}
-        if len(weights) > 1:
-            weights -= set(weight_files(folder, stem))
-            files = [path for path in files if path not in weights]
-    return files
 
 
 def expert_bytes(folder: ModelFolder) -> int:
@@ -308,33 +189,6 @@ def expert_bytes(folder: ModelFolder) -> int:
         return weight_bytes(folder.path / "unet")
     folders = {base for entry in folder.experts for base in chain(folder.path / entry.subfolder)}
     return sum(path.stat().st_size for base in folders for path in own_files(base))
-
-
-def allowed_parts(name: str, index: Mapping[str, Any]) -> dict[str, str]:
-    """The components of a `model_index.json` that are loaded, with their classes.
-
-    Args:
-        name: of the model, for messages.
-        index: what the file holds.
-
-    Raises:
-        UnsafeError: the pipeline, or the class of a component, is not on the list.
-    """
-    if index.get("_class_name") not in _PIPELINES:
-        raise UnsafeError(f"{name!r} asks for the pipeline {index.get('_class_name')!r:.100}; only {', '.join(_PIPELINES)} are run here.")
-    parts: dict[str, str] = {}
-    for part, value in index.items():
-        if not isinstance(value, list) or part.startswith("_") or value == [None, None]:
-            continue
-        if not _PART_NAME.fullmatch(part):
-            raise UnsafeError(f"{name!r} names a part {part!r:.100}, which may not leave the model folder; take another model.")
-        if len(value) != 2 or not all(isinstance(v, str) for v in value) or tuple(value) not in _ALLOWED:
-            raise UnsafeError(
-                f"{name!r} asks for {part} = {value!r:.200}, which is not on the list of classes that are run here; nothing was loaded."
-            )
-        if tuple(value) not in _NOT_LOADED:
-            parts[part] = value[1]
-    return parts
 
 
 def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
@@ -346,52 +200,6 @@ def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
         if part not in parts:
             raise ModelError(f"{folder.name!r} has no part {part!r} in its model_index.json; fetch the model again.")
     return parts
-
-
-def refuse_files(folder: Path) -> None:
-    """Refuse files of code, and links that lead out of the folder; those of a hub cache lead to its `blobs`, or to those that repositories share."""
-    root = folder.resolve()
-    places = [root, *([root.parents[1] / "blobs", root.parents[2] / "blobs"] if origin_of(root) is not None else [])]
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if _CODE_FILE.fullmatch(path.name):
-            raise UnsafeError(f"{folder.name!r} brings code along ({name}); remove that file or take another model.")
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in places):
-            raise UnsafeError(f"{folder.name!r} holds a link that leads out of the folder ({name}); put the file itself there.")
-
-
-def refuse_code(folder: Path, index: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse configs that ask for code of their own, or for classes that are not on our lists, at any depth."""
-    parts = {folder / name for name in names}
-    documents = {folder / "model_index.json": index}
-    documents |= {path: read_json(path) for place in (folder, *folder.glob("*/"), *parts) for path in place.glob("*config.json")}
-    for path, document in documents.items():
-        name = path.relative_to(folder).as_posix()
-        for key, value in _entries(document):
-            if key in _CODE_KEYS:
-                raise UnsafeError(f"{name} of {folder.name!r} asks for custom code ({key}); remove the entry or take another model.")
-            allowed = _CLASS_KEYS.get(key) if path.parent in parts else None
-            classes = value if isinstance(value, list) else [value]
-            if allowed is not None and value is not None and not all(isinstance(one, str) and one in allowed for one in classes):
-                raise UnsafeError(
-                    f"{name} of {folder.name!r} asks for {key} = {value!r:.200}, which is not on the list of classes that are run here."
-                )
-
-
-def _entries(value: object) -> Iterator[tuple[str, Any]]:
-    """Names and values of an object and of all objects in it."""
-    if isinstance(value, dict):
-        yield from value.items()
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _entries(inner)
-
-
-def _refuse_pickles(folder: Path) -> None:
-    pickles = sorted(p.name for p in folder.iterdir() if is_pickle_name(p.name))
-    if pickles:
-        raise UnsafeError(
-            f"{folder.name!r} holds {pickles[0]}, a pickle file, which can run code when loaded; convert the model to safetensors first."
-        )
 
 
 def _config_name(part: str) -> str:
@@ -448,22 +256,3 @@ def _levels(config: Mapping[str, Any], name: str) -> int:
     if not isinstance(value, list) or not 1 <= len(value) <= 8:
         raise ModelError(f"a config.json has {name} = {value!r:.100}; a list of 1 to 8 widths was wanted; fetch the model again.")
     return len(value)
-
-
-def _defaults(folder: Path, family: str, configs: Mapping[str, Mapping[str, Any]], factor: int, noise: NoiseSchedule) -> Defaults:
-    """`defaults.json`, or what the family is known for: 30 steps (LCM 8), guidance 7.5 (SDXL 5), the size the U-Net was trained at.
-
-    The scheduler's class gives the sampler and its config the spacing.
-    """
-    sample_size = configs["unet"].get("sample_size")
-    side = factor * (sample_size if isinstance(sample_size, int) and 1 <= sample_size <= 1024 else 64)
-    sampler = _SAMPLERS[configs["scheduler"].get("_class_name") or "DDPMScheduler"]
-    spacing = SAMPLERS[sampler].default_spacing if sampler == "lcm" or noise.spacing is None else noise.spacing
-    steps, guidance = (8, 1.0) if sampler == "lcm" else (30, 5.0 if family.startswith("sdxl") else 7.5)
-    known = asdict(Defaults(width=side, height=side, steps=steps, sampler=sampler, schedule=spacing, guidance=guidance))
-    given = read_json(folder / "defaults.json") if (folder / "defaults.json").is_file() else {}
-    for key, value in given.items():
-        wanted = type(known[key]) if key in known else None
-        if wanted is None or not (type(value) is wanted or (wanted is float and type(value) is int)):
-            raise ModelError(f"defaults.json of {folder.name!r} says {key!r:.100} = {value!r:.100}; wanted {', '.join(known)} with usable values.")
-    return Defaults(**(known | given))

@@ -1,6 +1,6 @@
 """Architectures that our networks do not cover: diffusers' own classes behind our contracts. Imported only when a folder needs it.
 
-The classes are chosen from the list in `folder.py`, never from what a folder names freely, and read safetensors only.
+The classes are chosen from the list in `allowed.py`, never from what a folder names freely, and read safetensors only.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..errors import ModelError, UsageError
+from ..model_files import read_json, weight_files
 from ..unet.deltas import chain, check_hashes, expert_sha256, read_expert
 from ..unet.denoiser import Residuals
 from ..unet.experts import ExpertEntry
 from ..unet.layers import Recorder
-from ..weights import check_finite, placed, read_json, weight_files
+from ..weights import check_finite, placed
 from .folder import ModelFolder
 from .quantize import quantized
 

@@ -20,7 +20,8 @@ from .hub.models import HubName, cached, hub_name, is_commit
 from .loading import Model
 from .metadata import encode_picture, open_picture
 from .previews import to_image
-from .request import EARLIER, Request, batches, resolve, rounds
+from .request import EARLIER, Request, batches, rounds
+from .resolve import resolve
 from .text_to_image import Picture, text_to_image
 
 _COPIED = (

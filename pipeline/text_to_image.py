@@ -24,7 +24,9 @@ from ..schedulers.step import stages
 from ..vae.codec import to_uint8
 from .editing.rounds import begin, composited, keeping, round_schedule, round_shape, showing
 from .folder import ModelFolder
-from .loading import Encode, Model, Place
+from .loading import Model
+from .place import Place
+from .readers import Encode
 from .request import Request, Round, recorded, rounds, steps_of
 from .seeds import noise_source, streams
 
@@ -71,7 +73,7 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
 
     Args:
         model: from `loading.load_model`.
-        request: from `request.resolve`.
+        request: from `resolve.resolve`.
 
     Yields:
         A `Progress` after each step, then a `Picture` for each seed.

@@ -127,7 +127,7 @@ def swapping(texts: list[str], window_bytes: int, size: int) -> tuple[float, int
     from tu_diffuse.batch.lines import Line
     from tu_diffuse.batch.studio import Studio
     from tu_diffuse.pipeline.folder import open_folder
-    from tu_diffuse.pipeline.loading import choose_place
+    from tu_diffuse.pipeline.place import choose_place
 
     folder = open_folder(None)
     lines = [Line(number + 1, {"prompt": text, "seed": number}, {}) for number, text in enumerate(texts)]

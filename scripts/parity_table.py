@@ -155,7 +155,7 @@ class _Listening:
 @torch.no_grad()
 def _row(name: str, prediction: str, sampler: str, model: Any, pipeline: Any, wanted: Tensor) -> Row:
     from real_layouts import SIDE
-    from tu_diffuse.pipeline.request import resolve
+    from tu_diffuse.pipeline.resolve import resolve
     from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 
     settings: dict[str, Any] = {"sampler": sampler, "schedule": SAMPLERS[sampler][1], "steps": STEPS, "guidance": GUIDANCE}

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import psutil
 from safetensors import safe_open
-from tu_diffuse.cli.batch import _Reporter
+from tu_diffuse.cli.batch_progress import Reporter
 from tu_diffuse.cli.main import main
 from tu_diffuse.training import finetune
 from tu_diffuse.training.checkpoints import load_newest
@@ -111,13 +111,13 @@ def _record_steps(keys: Path) -> None:
     """{"rows": pictures} of each denoising step, and what the process holds after each picture."""
     process = psutil.Process()
 
-    def entry(self: _Reporter, entry: Any, original: Any = _Reporter.entry) -> None:
+    def entry(self: Reporter, entry: Any, original: Any = Reporter.entry) -> None:
         original(self, entry)
         memory, files = process.memory_info().rss, process.num_fds()
         _append(keys, {"memory": memory, "files": files, "threads": process.num_threads(), "children": len(process.children())})
 
-    _Reporter.step = lambda self, event: _append(keys, {"rows": event.pictures})
-    _Reporter.entry = entry
+    Reporter.step = lambda self, event: _append(keys, {"rows": event.pictures})
+    Reporter.entry = entry
 
 
 _RECORDERS = {"finetune": _record_samples, "batch": _record_steps}

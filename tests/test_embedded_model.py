@@ -6,7 +6,7 @@ import pytest
 from recognition import find_objects
 from tu_diffuse.pipeline.folder import EMBEDDED, open_folder
 from tu_diffuse.pipeline.loading import Model, load_model
-from tu_diffuse.pipeline.request import resolve
+from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")

@@ -19,7 +19,20 @@ MAY_IMPORT = {name: {name} for name in BOTTOM} | {
     "batch": {"batch", "pipeline", *BOTTOM},
     "cli": {"cli", "batch", "pipeline", "shards", "training"},
 }
-SHARED = {"contracts", "allocator", "attention", "errors", "strict_json", "pictures", "seamless", "weights", "single_file", "__init__", ""}
+SHARED = {
+    "contracts",
+    "allocator",
+    "attention",
+    "errors",
+    "strict_json",
+    "pictures",
+    "seamless",
+    "weights",
+    "model_files",
+    "single_file",
+    "__init__",
+    "",
+}
 
 
 def _imported_folders(path: Path) -> set[str]:

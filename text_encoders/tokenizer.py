@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from ..errors import DataError, ModelError, UsageError
-from ..weights import read_json, within_single_file
+from ..model_files import read_json, within_single_file
 from .clip_vocabulary import clip_merges, clip_words
 from .prompts import Part
 from .sentencepiece_file import read_sentencepiece

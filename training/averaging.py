@@ -10,7 +10,8 @@ from torch import nn
 from ..attention import AttentionBackend
 from ..errors import UsageError
 from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import Place, load_conditioner, load_t5_residual, load_text
+from ..pipeline.place import Place
+from ..pipeline.readers import load_conditioner, load_t5_residual, load_text
 from ..pipeline.staging import absent, write_file
 from ..unet.experts import ExpertText
 from .config import FinetuneConfig, make_config

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from ..attention import AttentionBackend
 from ..errors import DataError, UsageError
+from ..model_files import files_sha256, weight_files
 from ..pipeline.folder import TEXT_PARTS, ModelFolder
-from ..pipeline.loading import DTYPES, Place, load_codec, load_conditioner, load_t5_residual, load_text
+from ..pipeline.loading import load_codec
+from ..pipeline.place import DTYPES, Place
+from ..pipeline.readers import load_conditioner, load_t5_residual, load_text
 from ..shards.encoded_members import METADATA, Encoding, StoredEncoding, content_sha256, differences, read_header
 from ..shards.index import ShardIndex, encoding_of
 from ..shards.specs import read_range
 from ..unet.experts import ExpertText
 from ..vae.codec import sample_posterior
-from ..weights import files_sha256, weight_files
 from .batches import Fitted
 from .sources import Batch, Features, Join, Source, make_join, picture_source
 

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..model_files import read_json, read_weights
 from ..pipeline.folder import TEXT_PARTS, ModelFolder
 from ..pipeline.staging import copy_folder, linked, staged_folder
 from ..text_encoders.clip import clip_state_dict
@@ -18,7 +19,6 @@ from ..text_encoders.t5 import t5_state_dict
 from ..unet.deltas import LORA, TENSORS, chain, check_hashes, differing, expert_sha256, read_delta, read_expert, write_delta
 from ..unet.experts import ExpertEntry, write_experts
 from ..unet.lora import read_lora, with_lora
-from ..weights import read_json, read_weights
 from .terminal_snr import write_scheduler
 
 WHOLE = "diffusion_pytorch_model.safetensors"

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UsageError
+from ..model_files import read_json
 from ..pipeline.folder import ModelFolder
 from ..schedulers.noise import NoiseSchedule
-from ..weights import read_json
 
 _RESCALING = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler")
 

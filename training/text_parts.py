@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import ModelError, UsageError
+from ..model_files import read_json, read_weights, weight_files
 from ..pipeline.folder import ModelFolder, open_folder
 from ..pipeline.hub.models import found as pulled
 from ..pipeline.hub.models import hub_name
@@ -20,7 +21,7 @@ from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
 from ..text_encoders.t5_residual import T5Residual, T5ResidualConfig
 from ..text_encoders.tokenizer import load_tokenizer
 from ..unet.deltas import chain
-from ..weights import load_weights, read_json, read_weights, weight_files, without_storage
+from ..weights import load_weights, without_storage
 
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelError
-from ..weights import files_sha256, inside, placed, read_json, read_safetensors, read_weights, weight_files
+from ..model_files import files_sha256, inside, read_json, read_safetensors, read_weights, weight_files
+from ..weights import placed
 from .lora import read_lora, with_lora
 
 INDEX = "delta.json"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..contracts import Conditioning, Denoiser
 from ..errors import ModelError
-from ..weights import inside, read_json
+from ..model_files import inside, read_json
 
 _NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
 VERSIONS = (1, 2)  # 2 where an expert reads prompts in its own way, which version 1 cannot say

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ModelError, UsageError
-from ..weights import read_safetensors
+from ..model_files import read_safetensors
 
 METADATA = "lora_adapter_metadata"  # header entry in which diffusers keeps peft's settings, as JSON with names that begin with "unet."
 _KEY = re.compile(r"unet\.(?P<module>[A-Za-z0-9_.]+?)\.(?P<kind>lora\.down\.weight|lora\.up\.weight|lora_A\.weight|lora_B\.weight|alpha)")

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..attention import AttentionBackend
 from ..errors import UsageError
+from ..model_files import read_json
 from ..seamless import wrapped
-from ..weights import fill, read_json, without_storage
+from ..weights import fill, without_storage
 from .config import UNetConfig
 from .deltas import Bases, chain, check_hashes, origin, read_expert
 from .denoiser import Residuals, UNetDenoiser

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...errors import ModelError, UsageError
+from ...model_files import files_sha256, read_safetensors
 from ...text_encoders.tokenizer import word_pattern
-from ...weights import files_sha256, read_safetensors
 from .lora_files import adapter_file, checked_numbers
 
 _SDXL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}

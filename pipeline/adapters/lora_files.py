@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import ModelError, UnsafeError, UsageError
+from ...model_files import files_sha256, is_pickle_name, read_header, read_json, read_safetensors
 from ...strict_json import parse_json
 from ...unet.lora import METADATA, LowRank
-from ...weights import check_finite, files_sha256, is_pickle_name, read_header, read_json, read_safetensors
+from ...weights import check_finite
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What diffusers and peft call the file in a folder."""

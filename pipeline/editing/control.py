@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...contracts import Conditioning
 from ...errors import ModelError, UnsafeError, UsageError
+from ...model_files import read_headers, read_json
 from ...schedulers.schedules import SigmaSchedule
 from ...unet.denoiser import Residuals
-from ...weights import read_headers, read_json
 from ..folder import ModelFolder
 from .depth import WEIGHTS as DEPTH_WEIGHTS
 from .depth import checked_estimator, depth_map

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import ModelError, UnsafeError
-from ...weights import check_finite, read_headers, read_json
+from ...model_files import read_headers, read_json
+from ...weights import check_finite
 from .inputs import InputPicture, pixels_of
 from .networks import Beside, beside, open_beside
 

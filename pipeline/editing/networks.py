@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ...weights import files_sha256, read_headers, weight_files
-from ..folder import refuse_code, refuse_files
+from ...model_files import files_sha256, read_headers, weight_files
+from ..allowed import refuse_code, refuse_files
 from ..hub.models import found, origin_of
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import PurePosixPath
 
 from ...errors import ModelError, UnsafeError, UsageError
-from ...weights import is_pickle_name
+from ...model_files import is_pickle_name
 from .models import CONFIGS
 
 _TEXTS = (".json", ".txt", ".model")

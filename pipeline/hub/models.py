@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UsageError
-from ...weights import inside, is_pickle_name, read_json
+from ...model_files import inside, is_pickle_name, read_json
 
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*)(?:@([A-Za-z0-9][A-Za-z0-9_./-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

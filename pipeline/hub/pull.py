@@ -32,8 +32,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm
 
 from ...errors import HubError, OutputError, TuDiffuseError, UsageError
-from ...weights import inside, read_json
-from ..folder import allowed_parts
+from ...model_files import inside, read_json
+from ..allowed import allowed_parts
 from .choice import choose
 from .models import HubName, cache_folder, cached, is_commit, is_offline, storage_of
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from train_unet import SCHEDULER
+from tu_diffuse.model_files import weights_sha256
 from tu_diffuse.unet.experts import ExpertEntry, write_experts
-from tu_diffuse.weights import weights_sha256
 
 LIMIT = 40_000_000  # bytes
 INDEX = {

@@ -18,7 +18,8 @@ from tu_diffuse.batch.parking import forget
 from tu_diffuse.batch.studio import Studio, memory_budget, model_bytes
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.folder import ModelFolder
-from tu_diffuse.pipeline.loading import choose_place, load_model
+from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.place import choose_place
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.schedulers.registry import SAMPLERS
 from tu_diffuse.unet.denoiser import UNetDenoiser

@@ -22,7 +22,7 @@ from tu_diffuse.batch.outcomes import generate_commands, shared_arguments
 from tu_diffuse.cli.generate import _numbers, _pair
 from tu_diffuse.cli.main import app, run
 from tu_diffuse.pipeline.folder import EMBEDDED, ModelFolder
-from tu_diffuse.pipeline.request import resolve
+from tu_diffuse.pipeline.resolve import resolve
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

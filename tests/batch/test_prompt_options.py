@@ -18,12 +18,13 @@ from tu_diffuse.batch.studio import Studio
 from tu_diffuse.cli.main import run
 from tu_diffuse.contracts import Conditioning
 from tu_diffuse.errors import UsageError
-from tu_diffuse.pipeline import loading
+from tu_diffuse.pipeline import loading, readers
 from tu_diffuse.pipeline.adapters.adapters import Shelf
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, load_model, texts_of
 from tu_diffuse.pipeline.replay import request_of
-from tu_diffuse.pipeline.request import EARLIER, resolve, resolve_all
+from tu_diffuse.pipeline.request import EARLIER
+from tu_diffuse.pipeline.resolve import resolve, resolve_all
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.schedulers.schedules import make_schedule
 from tu_diffuse.text_encoders.t5 import T5Encoder
@@ -172,13 +173,13 @@ def test_text_encoders_are_gone_before_the_experts_come(ensemble_folder: Path, m
 
 def test_t5_is_not_loaded_where_it_is_left_out(ensemble_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[type] = []
-    real = loading.load_weights
+    real = readers.load_weights
 
     def noting(network: Any, *arguments: Any, **options: Any) -> Any:
         loaded.append(type(network))
         return real(network, *arguments, **options)
 
-    monkeypatch.setattr(loading, "load_weights", noting)
+    monkeypatch.setattr(readers, "load_weights", noting)
     common = ["generate", "a star", "--model", str(ensemble_folder), "--seed", "1", "--steps", "2", "--device", "cpu"]
     assert run([*common, "--no-t5", "--out", str(tmp_path / "a.png")]) == 0
     assert loaded

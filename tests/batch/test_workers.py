@@ -20,7 +20,7 @@ from tu_diffuse.batch.workers import Job, draw_in_workers, shares
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import RenderError, UsageError
 from tu_diffuse.pipeline.folder import ModelFolder
-from tu_diffuse.pipeline.loading import choose_device
+from tu_diffuse.pipeline.place import choose_device
 
 PROMPTS = ("a", "b", "c", {"prompt": "d", "steps": 3}, "e", "f", "g")
 

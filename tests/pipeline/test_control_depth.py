@@ -16,9 +16,9 @@ from tu_diffuse.errors import ModelError, TuDiffuseError, UnsafeError, UsageErro
 from tu_diffuse.pipeline.editing.depth import checked_estimator, depth_map
 from tu_diffuse.pipeline.editing.inputs import examined
 from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import choose_place
 from tu_diffuse.pipeline.metadata import read_metadata
-from tu_diffuse.pipeline.request import resolve
+from tu_diffuse.pipeline.place import choose_place
+from tu_diffuse.pipeline.resolve import resolve
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from tu_diffuse.errors import DataError, UsageError
 from tu_diffuse.pipeline.editing.inputs import examined, fitted, located, pixels_of
 from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.loading import Model, load_model
-from tu_diffuse.pipeline.request import resolve, rounds, steps_of
+from tu_diffuse.pipeline.request import rounds, steps_of
+from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 from tu_diffuse.text_encoders.prompts import Reading, Text
 

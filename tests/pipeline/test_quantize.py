@@ -14,8 +14,10 @@ from torch import nn
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import choose_place, load_model, load_texts
+from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.place import choose_place
 from tu_diffuse.pipeline.quantize import check_quantize, quantized
+from tu_diffuse.pipeline.readers import load_texts
 from tu_diffuse.text_encoders.encode import ClipT5Part
 from tu_diffuse.unet.lora import LowRank, adapted
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tu_diffuse.errors import ModelError, UsageError
 from tu_diffuse.pipeline.folder import ModelFolder, open_folder
 from tu_diffuse.pipeline.loading import load_model
-from tu_diffuse.pipeline.request import resolve
+from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 from tu_diffuse.text_encoders.prompts import Reading, Text
 from tu_diffuse.training.composing import compose

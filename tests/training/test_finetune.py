@@ -13,7 +13,7 @@ from torch import Tensor
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.folder import ModelFolder, open_folder
 from tu_diffuse.pipeline.loading import load_model
-from tu_diffuse.pipeline.request import resolve
+from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.batches import fit

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tu_diffuse.contracts import Conditioning
 from tu_diffuse.errors import ModelError, UnsafeError
+from tu_diffuse.model_files import weights_sha256
 from tu_diffuse.unet.deltas import INDEX, LORA, MAX_CHAIN, TENSORS, chain, differing, expert_sha256, read_delta, read_expert, write_delta
 from tu_diffuse.unet.experts import ExpertEntry
 from tu_diffuse.unet.residency import expert_pool, load_expert
-from tu_diffuse.weights import weights_sha256
 from unet_configs import inputs, random_unet
 
 CHANGED = ("conv_in.weight", "mid_block.resnets.0.norm1.bias")

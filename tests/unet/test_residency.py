@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from tu_diffuse.contracts import Conditioning
 from tu_diffuse.errors import ModelError
+from tu_diffuse.model_files import weights_sha256
 from tu_diffuse.unet.experts import ExpertEntry
 from tu_diffuse.unet.residency import ExpertPool, expert_pool, load_expert, parked
-from tu_diffuse.weights import weights_sha256
 from unet_configs import inputs, random_unet
 
 ENTRIES = (

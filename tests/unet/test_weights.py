@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from tu_diffuse.errors import ModelError, UnsafeError
-from tu_diffuse.weights import MAX_HEADER_BYTES, load_weights, read_header, weight_files, weights_sha256
+from tu_diffuse.model_files import MAX_HEADER_BYTES, read_header, weight_files, weights_sha256
+from tu_diffuse.weights import load_weights
 
 STEM = "diffusion_pytorch_model"
 
