@@ -66,3 +66,8 @@ class OutputError(TuDiffuseError):
     """A file that could not be written."""
 
     exit_code = 74
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, at most 300 characters of its first line; its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

@@ -3,6 +3,7 @@
 The classes are chosen from the list in `allowed.py`, never from what a folder names freely, and read safetensors only.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..contracts import Conditioning
-from ..errors import ModelError, UsageError
-from ..model_files import read_json, weight_files
+from ..errors import ModelError, UsageError, first_line
+from ..model_files import read_headers, read_json, weight_files
 from ..unet.deltas import chain, check_hashes, expert_sha256, read_expert
 from ..unet.denoiser import Residuals
 from ..unet.experts import ExpertEntry
@@ -93,9 +94,7 @@ class LibraryDenoiser:
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
                 raise
-            raise ModelError(
-                f"diffusers cannot compute this U-Net ({str(error).splitlines()[0]:.200}); its config.json is not that of its weights."
-            ) from error
+            raise ModelError(f"diffusers cannot compute this U-Net ({first_line(error)}); its config.json is not that of its weights.") from error
         match self.prediction_type:
             case "epsilon":
                 return x - level * output
@@ -173,7 +172,19 @@ def library_control(folder: Path, dtype: torch.dtype, device: torch.device) -> C
     Raises:
         ModelError: diffusers does not take it.
     """
-    return _load(ControlNetModel, folder, dtype, ModelError(f"The ControlNet {folder.name!r} is not a valid one.")).to(device)
+    refusal = ModelError(f"The ControlNet {folder.name!r} is not a valid one.")
+    config = read_json(folder / "config.json")
+    if not is_modest(config):
+        raise refusal
+    try:
+        with torch.device("meta"):
+            empty: nn.Module = ControlNetModel.from_config(config)  # pyright: ignore[reportAssignmentType]
+    except Exception as error:  # the library raises many kinds
+        raise ModelError(f"{refusal} diffusers cannot build it: {first_line(error)}") from error
+    stored = sum(math.prod(entry["shape"]) for entry in read_headers(folder).values())
+    if sum(tensor.numel() for tensor in empty.state_dict().values()) > stored:  # which the library would make up, and need memory for
+        raise ModelError(f"The config.json of the ControlNet {folder.name!r} asks for more numbers than the {stored} that its files hold.")
+    return _load(ControlNetModel, folder, dtype, refusal).to(device)
 
 
 def library_vae(folder: ModelFolder, dtype: torch.dtype, device: torch.device, refusal: ModelError) -> Any:
@@ -188,12 +199,14 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> A
     weight_files(folder)  # refuses pickles and file names that lead outside, before the library looks
     config = read_json(folder / "config.json")
     layers, depths = (_numbers(config.get(name, 1)) for name in ("layers_per_block", "transformer_layers_per_block"))
+    if "quantization_config" in config:
+        raise ModelError(f"The weights of {folder.name!r} are quantized; take them in float16, bfloat16 or float32.")
     if not is_modest(config) or sum(layers) * max(depths, default=1) > MAX_LAYERS:
         raise refusal
     try:
         network, told = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except Exception as error:  # the library raises many kinds
-        raise ModelError(f"{refusal} diffusers cannot load {folder.name} either: {str(error).splitlines()[0]:.300}") from error
+        raise ModelError(f"{refusal} diffusers cannot load {folder.name} either: {first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):  # the library only warns of them
         if told[what]:
             raise ModelError(f"The weights in {folder} do not fit the config ({what}: {', '.join(str(key) for key in list(told[what])[:5])}).")
@@ -234,4 +247,4 @@ def empty_unet(config: Mapping[str, Any]) -> nn.Module:
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(dict(config))  # pyright: ignore[reportReturnType]
     except Exception as error:  # the library raises many kinds
-        raise ModelError(f"diffusers cannot build a U-Net of this config: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"diffusers cannot build a U-Net of this config: {first_line(error)}") from error

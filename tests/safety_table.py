@@ -4,6 +4,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import hostile_controls as controls
 import live_pickles
 from hostile_files import CONFIGS, CONTENTS, HEADERS
 from hostile_folders import CODE, NAMED
@@ -16,6 +17,7 @@ def table() -> str:
     """The table, in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         pickles = list(live_pickles.fixtures(Path(folder)))
+    steering = (controls.PICKLES, controls.CODE, controls.NAMED, controls.HEAD, controls.CLAIMS, controls.CONTENTS)
     rows = [
         ("live pickles: what they call (os.system, exec, subprocess, functools.partial, ctypes, numpy, torch, …)", _count(pickles, "gadget ")),
         ("live pickles: opcodes (GLOBAL, INST, OBJ, STACK_GLOBAL, BUILD with `__setstate__`, protocols 0 to 5, …)", _count(pickles, "opcodes: ")),
@@ -28,6 +30,11 @@ def table() -> str:
         ("headers of safetensors files", len(HEADERS)),
         ("values in configs: " + _named(CONFIGS), len(CONFIGS)),
         ("weights that do not fit, NaN, infinity: " + _named(CONTENTS), len(CONTENTS)),
+        (
+            "ControlNets and depth models: places for a pickle {}, code and classes that are not on the list {}, names {}, headers {}, values in "
+            "configs {}, weights that do not fit {}".format(*map(len, steering)),
+            sum(map(len, steering)),
+        ),
         ("picture files: bombs, damage, other formats, settings that are no settings", len(FILES)),
     ]
     return "\n".join(["| fixtures | count |", "|---|---|", *(f"| {what} | {count} |" for what, count in rows)])

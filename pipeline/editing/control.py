@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...contracts import Conditioning
-from ...errors import ModelError, UnsafeError, UsageError
+from ...errors import ModelError, UnsafeError, UsageError, first_line
 from ...model_files import read_headers, read_json
 from ...schedulers.schedules import SigmaSchedule
 from ...unet.denoiser import Residuals
@@ -322,4 +322,9 @@ def _run(network: Any, x: Tensor, t: Tensor, conditioning: Conditioning, scale: 
     added: dict[str, Any] = {}
     if conditioning.size_ids is not None and conditioning.pooled is not None:
         added["added_cond_kwargs"] = {"text_embeds": conditioning.pooled.to(x), "time_ids": conditioning.size_ids}
-    return network(x, t, conditioning.tokens.to(x), conditioning.hint.to(x), conditioning_scale=scale, return_dict=False, **added)
+    try:
+        return network(x, t, conditioning.tokens.to(x), conditioning.hint.to(x), conditioning_scale=scale, return_dict=False, **added)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise ModelError(f"diffusers cannot compute this ControlNet ({first_line(error)}); its config.json is not that of its weights.") from error

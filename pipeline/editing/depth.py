@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...errors import ModelError, UnsafeError
+from ...errors import ModelError, UnsafeError, first_line
 from ...model_files import read_headers, read_json
 from ...weights import check_finite
 from .inputs import InputPicture, pixels_of
@@ -66,8 +66,8 @@ def _map(estimator: Beside, picture: InputPicture) -> NDArray[np.uint8]:
         with torch.inference_mode():
             output = network(**processor(images=pixels, return_tensors="pt"))
             depth = processor.post_process_depth_estimation(output, [pixels.size[::-1]])[0]["predicted_depth"].numpy()
-    except (RuntimeError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ModelError(f"the depth of {picture.name} cannot be computed with {estimator.name!r} ({_first_line(error)}).") from error
+    except Exception as error:  # the library raises many kinds
+        raise ModelError(f"the depth of {picture.name} cannot be computed with {estimator.name!r} ({first_line(error)}).") from error
     low, high = float(depth.min()), float(depth.max())
     if not np.isfinite(high - low):
         raise ModelError(f"{estimator.name!r} computes a depth of {picture.name} that is not finite; give another depth model.")
@@ -99,7 +99,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         network, told = AutoModelForDepthEstimation.from_pretrained(folder, config=config, dtype=torch.float32, **safe)
         processor = DPTImageProcessor(**_processing(folder))
     except Exception as error:  # the library raises many kinds
-        raise ModelError(f"transformers cannot load the depth model {folder.name!r} ({_first_line(error)}); fetch it again.") from error
+        raise ModelError(f"transformers cannot load the depth model {folder.name!r} ({first_line(error)}); fetch it again.") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in told[what] if not str(name).startswith(_UNUSED))
         if names:
@@ -108,10 +108,6 @@ def _load(folder: Path) -> tuple[Any, Any]:
         if tensor.is_floating_point():
             check_finite(name, tensor, folder)
     return processor, network.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{(str(error) or type(error).__name__).splitlines()[0]:.200}"
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...errors import UsageError
+from ...errors import ModelError, UsageError
 from ...model_files import files_sha256, read_headers, weight_files
 from ..allowed import refuse_code, refuse_files
 from ..hub.models import found, origin_of
@@ -66,9 +66,11 @@ def beside(folder: Path, stem: str, texts: Sequence[str]) -> Beside:
 
     Raises:
         UnsafeError: its weights are pickles.
-        ModelError: they are missing or damaged.
+        ModelError: they are missing, damaged, or whole numbers.
     """
-    read_headers(folder, stem)
+    for name, entry in read_headers(folder, stem).items():
+        if name.endswith((".weight", ".bias")) and not entry["dtype"].startswith(("F", "BF")):
+            raise ModelError(f"{name:.100} in {folder} is of the kind {entry['dtype']}; floating-point weights were wanted.")
     files = [*(folder / name for name in texts), *weight_files(folder, stem)]
     origin = origin_of(folder)
     digest = _sha256(tuple((str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
