@@ -15,7 +15,16 @@ TRIM_THRESHOLD = 2 * MMAP_THRESHOLD
 
 def keep_freed_memory() -> None:
     """Let this process keep up to 64 MB of freed memory at the heap's top, and take blocks below 32 MB from the heap; only with glibc."""
+    _set(MMAP_THRESHOLD, TRIM_THRESHOLD)
+
+
+def give_back_freed_memory() -> None:
+    """Let this process give blocks of 1 MB and more back when they are freed: where weights come and go, the heap would grow; only with glibc."""
+    _set(1 << 20, 2 << 20)
+
+
+def _set(mmap_threshold: int, trim_threshold: int) -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-        libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+        libc.mallopt(M_MMAP_THRESHOLD, mmap_threshold)
+        libc.mallopt(M_TRIM_THRESHOLD, trim_threshold)

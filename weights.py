@@ -62,7 +62,7 @@ def fill(module: M, state: Mapping[str, Tensor], folder: Path, place: Callable[[
     Raises:
         ModelError: names, shapes or kinds do not match, or a tensor is left without storage; names `folder`.
     """
-    _check_match(module.state_dict(), state, folder)
+    check_match(module.state_dict(), state, folder)
     module.load_state_dict({name: place(name, tensor) for name, tensor in state.items()}, strict=True, assign=True)
     empty = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if empty:
@@ -99,7 +99,12 @@ class _NoInitialisation(TorchFunctionMode):
         return func(*args, **named)
 
 
-def _check_match(wanted: Mapping[str, Tensor], came: Mapping[str, Tensor], folder: Path) -> None:
+def check_match(wanted: Mapping[str, Tensor], came: Mapping[str, Tensor], folder: Path) -> None:
+    """Check that weights have the names, shapes and kinds that a module has.
+
+    Raises:
+        ModelError: they do not; names `folder` and the first few of each complaint.
+    """
     missing, extra = sorted(wanted.keys() - came.keys()), sorted(came.keys() - wanted.keys())
     shapes = [
         f"{name} {tuple(came[name].shape)} for {tuple(wanted[name].shape)}"

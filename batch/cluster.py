@@ -150,7 +150,7 @@ def _measured(machines: Sequence[Mapping[str, float]], device: str) -> Cluster:
     return Cluster(sum(one // each for one in cores), {"num_cpus": each}, max(one // each for one in cores))
 
 
-def place_on(cluster: Cluster, dtype: str, device: str, attention: str, quantize: str) -> Place:
+def place_on(cluster: Cluster, dtype: str, device: str, attention: str, quantize: str, offload: bool) -> Place:
     """Where its workers compute, asked of one of them.
 
     Raises:
@@ -159,7 +159,7 @@ def place_on(cluster: Cluster, dtype: str, device: str, attention: str, quantize
     import ray
 
     ask: Any = ray.remote(choose_place)
-    return _received(ask.options(**cluster.needs).remote(dtype, device, attention, quantize))
+    return _received(ask.options(**cluster.needs).remote(dtype, device, attention, quantize, offload))
 
 
 def draw_on_cluster(

@@ -33,9 +33,9 @@ _Key = tuple[Text, tuple[LoraUse, ...], tuple[EmbeddingUse, ...]]
 
 
 def model_bytes(folder: ModelFolder, place: Place, requests: Iterable[Request] = ()) -> int:
-    """What all parts of a model take in memory together, from their headers, with the networks that requests bring beside it."""
+    """What all parts of a model take in memory together, from their headers (offloaded: nothing), with the networks that requests bring beside it."""
     beside = network_bytes([request.control for request in requests], place.dtype)
-    return describe(folder)["parameters"] * place.dtype.itemsize + beside
+    return beside if place.offload else describe(folder)["parameters"] * place.dtype.itemsize + beside
 
 
 def memory_budget(gib: float | None, place: Place) -> int:

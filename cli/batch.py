@@ -13,7 +13,7 @@ import typer
 
 from ..errors import DataError, UsageError
 from .batch_progress import Reporter
-from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, PredictionType, Quantize, grouped
+from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, Offload, PredictionType, Quantize, grouped
 from .picture_options import ControlOptions, EditOptions
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def batch(
     ] = None,
     attention: Attention = "auto",
     quantize: Quantize = "none",
+    offload: Offload = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -171,7 +172,7 @@ def batch(
     placed = (device if devices is None else devices).split(",")
     rays = None if ray is None else context.with_resource(cluster.connected(ray, device))
     where_to = choose_place if rays is None else partial(cluster.place_on, rays)
-    places = [where_to(dtype, name, attention, quantize) for name in placed]
+    places = [where_to(dtype, name, attention, quantize, offload) for name in placed]
     where = [{"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)} for place in places]
     circumstances: dict[str, Any] = {name: "+".join(sorted({one[name] for one in where})) for name in where[0]}
     circumstances |= {} if quantize == "none" else {"quantize": quantize}

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UsageError
 from ..pipeline.limits import RANGES
-from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, PredictionType, Quantize, grouped
+from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, Offload, PredictionType, Quantize, grouped
 from .picture_options import ControlOptions, EditOptions
 
 
@@ -57,6 +57,7 @@ def generate(
     device: Device = "auto",
     attention: Attention = "auto",
     quantize: Quantize = "none",
+    offload: Offload = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -145,7 +146,7 @@ def generate(
     for unused in (one for one in embeddings if not one.named_in(*texts, negative)):
         raise UsageError(f"the word {unused.token!r} of --embedding {unused.name} stands in no prompt; write it where it belongs, or leave it out.")
     target = plan_target(out, name, format, pictures=len(texts) * count)
-    loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize, texts=texts_of(shelf, requests))
+    loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize, offload=offload, texts=texts_of(shelf, requests))
     gc.freeze()
     gc.enable()
 

@@ -51,6 +51,13 @@ Embeddings = Annotated[
 Quantize = Annotated[
     str, typer.Option("--quantize", help="int8: linear layers of text encoders and experts as 8-bit integers, by torchao, in less memory; none.")
 ]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        help="Leave weights in their files, or with a GPU in main memory, and move in those of each layer as it computes: less memory, more time.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, instead of text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .options import Attention, Debug, Device, DType, Json, Model
+from .options import Attention, Debug, Device, DType, Json, Model, Offload
 
 ROUNDING = 2  # of 255, by which pixels may depend on the batch that they are computed in
 
@@ -31,6 +31,7 @@ def replay(
     dtype: DType = "recorded",
     device: Device = "recorded",
     attention: Attention = "recorded",
+    offload: Offload = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -92,10 +93,10 @@ def replay(
 
     if company is not None:
         company = [replace(item, request=found(item.request)) for item in company]
-        new = draw_again(folder, choose_place(dtype, device, attention, quantize), company, settings["item"], settings["seed"], files)
+        new = draw_again(folder, choose_place(dtype, device, attention, quantize, offload), company, settings["item"], settings["seed"], files)
     else:
         request = found(request)
-        loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize)
+        loaded = load_model(folder, dtype=dtype, device=device, attention=attention, quantize=quantize, offload=offload)
         new = redraw(adapted_to(loaded, Shelf(folder, files), request), request, index)
     difference = compare(picture, new.pixels, new.settings)
     equal = difference.largest == 0

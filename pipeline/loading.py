@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..text_encoders.prompts import Text
 from ..unet.config import UNetConfig
 from ..unet.residency import ExpertPool, Keep, expert_pool, identities
@@ -17,11 +17,11 @@ from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
 from ..vae.config import AutoencoderConfig
-from ..weights import load_weights, without_storage
+from ..weights import without_storage
 from .adapters.adapters import NO_ADAPTERS, Adapters, Shelf
 from .editing.control import ControlNets
 from .folder import ModelFolder, expert_bytes
-from .place import Place, choose_place
+from .place import Place, choose_place, filled
 from .quantize import quantized
 from .readers import Encode, ReadersWith, having_read, load_texts, readers_of
 from .request import Request, rounds
@@ -65,13 +65,14 @@ def load_model(
     device: str = "auto",
     attention: str = "auto",
     quantize: str = "none",
+    offload: bool = False,
     texts: Mapping[Adapters, Iterable[Text]] | None = None,
 ) -> Model:
     """Load every part of a model.
 
     Args:
         folder: from `folder.open_folder`.
-        dtype, device, attention, quantize: see `place.choose_place`.
+        dtype, device, attention, quantize, offload: see `place.choose_place`.
         texts: all that will be drawn, by the LoRAs and embeddings that it is drawn with, where that is known: they are read at once, and the text
             encoders are let go before anything else is loaded.
 
@@ -80,7 +81,7 @@ def load_model(
         UnsafeError: weights are there as pickles only.
         ModelError: weights are missing, damaged, or do not fit their config.
     """
-    place = choose_place(dtype, device, attention, quantize)
+    place = choose_place(dtype, device, attention, quantize, offload)
     readers_with = partial(readers_of, folder, load_texts(folder, place))
     if texts is not None:
         readers_with = having_read(readers_with, texts)
@@ -117,7 +118,7 @@ def adapted_to(model: Model, shelf: Shelf, request: Request) -> Model:
 
 def load_codec(folder: ModelFolder, place: Place) -> tuple[LatentCodec, tuple[str, ...]]:
     """The autoencoder, and the name of the fallback where the library computes it."""
-    config, dtype, device = folder.configs["vae"], place.dtype, place.device
+    config = folder.configs["vae"]
     try:
         if folder.parts["vae"] == "AutoencoderDC":
             deep = AutoencoderDCConfig.from_dict(config)
@@ -128,9 +129,9 @@ def load_codec(folder: ModelFolder, place: Place) -> tuple[LatentCodec, tuple[st
     except ModelError as refusal:
         from .library import library_vae  # costs seconds of imports, so only where it is needed
 
-        return LatentCodec(library_vae(folder, dtype, device, refusal)), ("vae-by-diffusers",)
+        return LatentCodec(library_vae(folder, place.dtype, place.device, refusal)), ("vae-by-diffusers",)
     tile_rows = TILE_ROWS if isinstance(vae, Autoencoder) else None
-    return LatentCodec(load_weights(vae, folder.path / "vae", dtype=dtype, device=device, convert=modernise_keys), tile_rows), ()
+    return LatentCodec(filled(vae, folder.path / "vae", place, convert=modernise_keys, whole=True), tile_rows), ()
 
 
 def load_experts(folder: ModelFolder, place: Place, keep: Keep | None = None) -> tuple[ExpertPool, tuple[str, ...]]:
@@ -142,16 +143,19 @@ def load_experts(folder: ModelFolder, place: Place, keep: Keep | None = None) ->
         keep: see `ExpertPool`; None keeps all that are small.
     """
     if keep is None:
-        keep = "all" if expert_bytes(folder) <= KEEP_BYTES else "active"
+        keep = "all" if place.offload or expert_bytes(folder) <= KEEP_BYTES else "active"
     prediction, timestep_at, dtype, device = folder.noise.prediction_type, folder.noise.timestep_at, place.dtype, place.device
     try:
         for entry in folder.experts:
             UNetConfig.from_dict(folder.configs[entry.subfolder])
     except ModelError as refusal:
+        if place.offload:
+            raise UsageError(f"--offload is for U-Nets of ours, and diffusers computes the one of {folder.name!r}; leave it out.") from None
         from .library import library_expert
 
         loaders = {entry.name: partial(library_expert, folder, entry, dtype, device, refusal, place.quantize) for entry in folder.experts}
         known = identities(folder.path, folder.experts)
         return ExpertPool(folder.experts, loaders, keep, known), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
     finish: Callable[[UNet], UNet] | None = None if place.quantize == "none" else partial(quantized, kind=place.quantize)
-    return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, place.attention, keep=keep, finish=finish), ()
+    backend, offload = place.attention, place.offload
+    return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, backend, keep=keep, finish=finish, offload=offload), ()

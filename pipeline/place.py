@@ -1,12 +1,21 @@
 """Where and how networks compute: device, number format, attention kernel, 8-bit weights."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from ..attention import AttentionBackend
 from ..errors import UsageError
+from ..model_files import read_weights
+from ..offload import offloaded
+from ..weights import load_weights
 from .quantize import check_quantize
+
+N = TypeVar("N", bound=nn.Module)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -20,15 +29,17 @@ class Place:
         dtype: of their weights.
         attention: the kernel that was asked for.
         quantize: how the linear layers of text encoders and experts are stored, one of `quantize.KINDS`.
+        offload: weights wait where they are stored and move in to compute, see `offload.py`; pixels do not depend on it.
     """
 
     device: torch.device
     dtype: torch.dtype
     attention: AttentionBackend
     quantize: str = "none"
+    offload: bool = False
 
 
-def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "auto", quantize: str = "none") -> Place:
+def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "auto", quantize: str = "none", offload: bool = False) -> Place:
     """Where and how to compute, by name.
 
     Args:
@@ -36,17 +47,36 @@ def choose_place(dtype: str = "auto", device: str = "auto", attention: str = "au
         device: see `choose_device`.
         attention: a name in `AttentionBackend`.
         quantize: see `quantize.check_quantize`.
+        offload: see `Place`.
 
     Raises:
-        UsageError: a name that is not known, a device that is not there, or as `check_quantize`.
+        UsageError: a name that is not known, a device that is not there, as `check_quantize`, or to quantize what is offloaded.
     """
+    if offload and quantize != "none":
+        raise UsageError(f"--offload and --quantize {quantize} contradict each other, since quantized weights stay in memory; leave one of them out.")
     where = choose_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is not known; use one of auto, {', '.join(DTYPES)}.")
     if attention not in [backend.value for backend in AttentionBackend]:
         raise UsageError(f"--attention {attention!r} is not known; use one of {', '.join(AttentionBackend)}.")
     number = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else torch.float16
-    return Place(where, number, AttentionBackend(attention), check_quantize(quantize, where))
+    return Place(where, number, AttentionBackend(attention), check_quantize(quantize, where), offload)
+
+
+def filled(
+    network: N,
+    folder: Path,
+    place: Place,
+    stem: str = "diffusion_pytorch_model",
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+    *,
+    whole: bool = False,
+) -> N:
+    """The network with the weights of its folder, where they belong; arguments and errors as of `weights.load_weights` and `offload.offloaded`."""
+    if not place.offload:
+        return load_weights(network, folder, stem, place.dtype, place.device, convert=convert)
+    state = read_weights(folder, stem)
+    return offloaded(network, state if convert is None else convert(state), folder, place.device, place.dtype, whole=whole)
 
 
 def choose_device(name: str) -> torch.device:

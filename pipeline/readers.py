@@ -28,10 +28,10 @@ from ..text_encoders.t5_residual import T5Residual, T5ResidualConfig
 from ..text_encoders.tokenizer import load_tokenizer, with_words
 from ..unet.experts import ExpertEntry, ExpertText
 from ..unet.lora import adapted
-from ..weights import load_weights, without_storage
+from ..weights import without_storage
 from .adapters.adapters import NO_ADAPTERS, Adapters
 from .folder import ModelFolder
-from .place import Place
+from .place import Place, filled
 from .quantize import quantized
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is told of pictures to draw and to avoid
@@ -62,7 +62,7 @@ def load_text(
     """
     family = folder.family if text is None else text.family
     known = {} if towers is None else towers
-    dtype, device, backend = place.dtype, place.device, place.attention
+    backend = place.attention
 
     def component(part: str) -> str:
         return part if text is None else text.parts[part]
@@ -74,8 +74,7 @@ def load_text(
             projection = folder.parts[name] == "CLIPTextModelWithProjection"
             tower = without_storage(lambda: CLIPText(config, projection, backend))
             tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
-            load_weights(tower, folder.path / name, "model", dtype, device, convert=clip_state_dict)
-            known[name] = ClipPart(tokenizer, quantized(tower, place.quantize))
+            known[name] = ClipPart(tokenizer, quantized(filled(tower, folder.path / name, place, "model", clip_state_dict), place.quantize))
         return known[name]
 
     def t5(part: str, masked: bool) -> T5Part:
@@ -83,8 +82,7 @@ def load_text(
         config = T5Config.from_dict(folder.configs[name])
         encoder = without_storage(lambda: T5Encoder(config, backend))
         tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
-        load_weights(encoder, folder.path / name, "model", dtype, device, convert=t5_state_dict)
-        return T5Part(tokenizer, quantized(encoder, place.quantize), masked)
+        return T5Part(tokenizer, quantized(filled(encoder, folder.path / name, place, "model", t5_state_dict), place.quantize), masked)
 
     load_t5 = partial(t5, "text_encoder_2", masked=True)
     match family:
@@ -105,13 +103,13 @@ def load_text(
 def load_conditioner(folder: ModelFolder, place: Place, name: str = "conditioner") -> Conditioner:
     """Load the join of CLIP and T5, the component `name`, without the encoders."""
     config = ConditionerConfig.from_dict(folder.configs[name])
-    return load_weights(without_storage(lambda: Conditioner(config, place.attention)), folder.path / name, dtype=place.dtype, device=place.device)
+    return filled(without_storage(lambda: Conditioner(config, place.attention)), folder.path / name, place, whole=True)
 
 
 def load_t5_residual(folder: ModelFolder, place: Place, name: str = "conditioner") -> T5Residual:
     """Load what adds T5 to CLIP's tokens, the component `name`, without the encoders."""
     config = T5ResidualConfig.from_dict(folder.configs[name])
-    return load_weights(without_storage(lambda: T5Residual(config, place.attention)), folder.path / name, dtype=place.dtype, device=place.device)
+    return filled(without_storage(lambda: T5Residual(config, place.attention)), folder.path / name, place, whole=True)
 
 
 def load_texts(folder: ModelFolder, place: Place) -> dict[str, TextParts]:

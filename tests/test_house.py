@@ -25,6 +25,7 @@ SHARED = {
     "attention",
     "errors",
     "strict_json",
+    "offload",
     "pictures",
     "seamless",
     "weights",

@@ -3,10 +3,9 @@
 Takes the text encoders of SD 1.x (CLIP ViT-L/14), SD 2.x (OpenCLIP ViT-H) and SDXL (ViT-L and OpenCLIP bigG) as they are on disk.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import AttentionBackend, attention, join_heads, split_heads
 from ..errors import ModelError
+from ..offload import changed
 from .config import config_values, require_epsilon, require_heads, require_layers, require_positive
 
 _LEGACY_EOS = 2
@@ -106,7 +106,7 @@ class _Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        return self.token_embedding(ids) + self.position_embedding(torch.arange(ids.shape[1], device=ids.device))
 
 
 class _SelfAttention(nn.Module):
@@ -227,17 +227,18 @@ def with_rows(model: CLIPText, rows: Mapping[int, Tensor]) -> CLIPText:
         model: the tower.
         rows: new id, not below the vocabulary's size -> (width,).
     """
-    table = model.text_model.embeddings.token_embedding.weight
-    longer = torch.zeros(max(rows) + 1, table.shape[1], dtype=table.dtype, device=table.device)
-    longer[: len(table)] = table
-    for row, vector in rows.items():
-        longer[row] = vector.to(longer)
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    memo[id(table)] = nn.Parameter(longer, requires_grad=False)
-    extended = copy.deepcopy(model, memo)
-    config = model.config
+    length, config = max(rows) + 1, model.config
+
+    def lengthen(table: Tensor) -> Tensor:
+        longer = table.new_zeros(length, table.shape[1])
+        longer[: len(table)] = table
+        for row, vector in rows.items():
+            longer[row] = vector.to(longer)
+        return longer
+
+    extended = changed(model, {"text_model.embeddings.token_embedding.weight": lengthen})
     end = config.vocab_size - 1 if config.eos_token_id == _LEGACY_EOS else config.eos_token_id
-    extended.config = replace(config, vocab_size=len(longer), eos_token_id=end)
+    extended.config = replace(config, vocab_size=length, eos_token_id=end)
     return extended
 
 

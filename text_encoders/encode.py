@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..errors import ModelError, UsageError
+from ..offload import device_of
 from .clip import CLIPText, CLIPTextOutput
 from .conditioner import Conditioner
 from .prompts import Reading, joined
@@ -270,14 +271,16 @@ def encode_clip_t5(prompts: Sequence[str], part: ClipT5Part, reading: Reading = 
     An empty prompt is what the network saw in training when a caption was dropped: no token of either encoder, only the learned null token.
     """
     embedded = embed_clip_t5(prompts, part.clip, None if reading.t5_weight == 0 else part.t5, reading)
-    weight = part.conditioner.null_token
-    said = torch.tensor([prompt != "" for prompt in prompts], device=weight.device)
+    device, dtype = device_of(part.conditioner), part.conditioner.null_token.dtype
+    said = torch.tensor([prompt != "" for prompt in prompts], device=device)
     conditioning = part.conditioner(
-        embedded.clip_tokens.to(weight),
-        embedded.clip_mask.to(weight.device),
-        embedded.clip_pooled.to(weight),
-        embedded.t5_tokens.to(weight) if reading.t5_weight else weight.new_zeros(len(prompts), 0, part.conditioner.config.t5_width),
-        embedded.t5_mask.to(weight.device),
+        embedded.clip_tokens.to(device, dtype),
+        embedded.clip_mask.to(device),
+        embedded.clip_pooled.to(device, dtype),
+        embedded.t5_tokens.to(device, dtype)
+        if reading.t5_weight
+        else torch.zeros(len(prompts), 0, part.conditioner.config.t5_width, device=device, dtype=dtype),
+        embedded.t5_mask.to(device),
         keep_clip=said,
         keep_t5=said,
         clip_weight=reading.clip_weight,
@@ -359,7 +362,7 @@ def _known_ids(ids: Tensor, model: nn.Module, vocab_size: int) -> Tensor:
     """The ids on the model's device; ModelError when the tokenizer belongs to a larger vocabulary."""
     if ids.numel() and int(ids.max()) >= vocab_size:
         raise ModelError(f"the tokenizer gives id {int(ids.max())}; less than {vocab_size} was wanted; use the tokenizer of this text encoder")
-    return ids.to(next(model.parameters()).device)
+    return ids.to(device_of(model))
 
 
 def _skipped(output: CLIPTextOutput, clip_skip: int, already: int) -> Tensor:

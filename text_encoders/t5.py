@@ -114,6 +114,13 @@ class _AttentionLayer(nn.Module):
         return x + self.SelfAttention(self.layer_norm(x), bias)
 
 
+class _Float32Linear(nn.Linear):
+    """Computed in float32 whatever its weight's dtype; without bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.float())
+
+
 class _FeedForward(nn.Module):
     """v1.0: wo(ReLU(wi x)); v1.1: wo(GELU(wi_0 x) ⊙ wi_1 x), GELU in its tanh form (Shazeer 2020, equation 6)."""
 
@@ -125,11 +132,11 @@ class _FeedForward(nn.Module):
             self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
         else:
             self.wi = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wo = _Float32Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.wi_0(x).float(), approximate="tanh") * self.wi_1(x).float() if self.gated else F.relu(self.wi(x)).float()
-        return F.linear(hidden, self.wo.weight.float())
+        return self.wo(hidden)
 
 
 class _FeedForwardLayer(nn.Module):
@@ -182,16 +189,15 @@ class T5Encoder(nn.Module):
         Returns:
             (batch, tokens, d_model) after the final norm, in the weights' dtype.
         """
-        return self.encoder(self.shared(ids).float(), self._bias(ids.shape[1], mask))
+        return self.encoder(self.shared(ids).float(), self._bias(torch.arange(ids.shape[1], device=ids.device), mask))
 
-    def _bias(self, tokens: int, mask: Tensor | None) -> Tensor:
+    def _bias(self, position: Tensor, mask: Tensor | None) -> Tensor:
         """Position bias of the first block, shared by all blocks: (1 or batch, heads, tokens, tokens), lowest finite value at pads."""
-        table: Tensor = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # pyright: ignore
-        position = torch.arange(tokens, device=table.device)
+        table: nn.Embedding = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias  # pyright: ignore
         buckets = position_buckets(
             position[None, :] - position[:, None], self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
         )
-        bias = table[buckets].permute(2, 0, 1)[None]
+        bias = table(buckets).permute(2, 0, 1)[None]
         return bias if mask is None else bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..contracts import Conditioning
 from ..errors import ModelError
+from ..offload import device_of
 from .layers import Recorder
 from .unet import UNet
 
@@ -98,15 +99,15 @@ class UNetDenoiser:
         if known is not None:
             return known
         _check_fit(self.unet, conditioning)
-        weight = self.unet.conv_in.weight
+        device, dtype = device_of(self.unet), self.unet.conv_in.weight.dtype
         mask, pooled, size_ids = conditioning.mask, conditioning.pooled, conditioning.size_ids
         takes_pooled = self.unet.class_embedding is not None or self.unet.add_embedding is not None
         prompt = _Prompt(
-            keys_values=self.unet.text_keys_values(conditioning.tokens.to(weight)),
+            keys_values=self.unet.text_keys_values(conditioning.tokens.to(device, dtype)),
             # Without a mask every fused kernel is possible; this is the one place where asking costs nothing.
-            mask=None if mask is None or bool((mask == 1).all()) else mask.to(weight.device),
-            pooled=pooled.to(weight) if takes_pooled and pooled is not None else None,
-            size_ids=size_ids.to(weight.device, torch.float32) if self.unet.add_embedding is not None and size_ids is not None else None,
+            mask=None if mask is None or bool((mask == 1).all()) else mask.to(device),
+            pooled=pooled.to(device, dtype) if takes_pooled and pooled is not None else None,
+            size_ids=size_ids.to(device, torch.float32) if self.unet.add_embedding is not None and size_ids is not None else None,
         )
         self._prompts[conditioning] = prompt
         return prompt

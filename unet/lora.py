@@ -1,11 +1,11 @@
 """Low-rank weights (LoRA: Hu et al. 2021, arXiv 2106.09685), read from a file in diffusers' layout and added to the weights of a U-Net."""
 
-import copy
 import json
 import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ModelError, UsageError
 from ..model_files import read_safetensors
+from ..offload import changed
 
 METADATA = "lora_adapter_metadata"  # header entry in which diffusers keeps peft's settings, as JSON with names that begin with "unet."
 _KEY = re.compile(r"unet\.(?P<module>[A-Za-z0-9_.]+?)\.(?P<kind>lora\.down\.weight|lora\.up\.weight|lora_A\.weight|lora_B\.weight|alpha)")
@@ -78,13 +79,13 @@ def adapted(network: N, pairs: Pairs) -> N:
     Raises:
         UsageError: the weights are quantized.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    for module, own in pairs.items():
-        weight = network.get_parameter(f"{module}.weight")
+
+    def add(weight: Tensor, own: Sequence[LowRank]) -> Tensor:
         if is_traceable_wrapper_subclass(weight):
             raise UsageError("LoRAs cannot be added to quantized weights; leave out --quantize.")
-        memo[id(weight)] = nn.Parameter(with_pairs(weight, own).to(weight), requires_grad=False)
-    return copy.deepcopy(network, memo)
+        return with_pairs(weight, own).to(weight)
+
+    return changed(network, {f"{module}.weight": partial(add, own=own) for module, own in pairs.items()})
 
 
 def read_lora(path: Path) -> dict[str, LowRank]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..attention import AttentionBackend
 from ..errors import UsageError
 from ..model_files import read_json
+from ..offload import offloaded
 from ..seamless import wrapped
 from ..weights import fill, without_storage
 from .config import UNetConfig
@@ -178,6 +179,7 @@ def load_expert(
     variant: str | None = None,
     sha256: str | None = None,
     bases: Bases | None = None,
+    offload: bool = False,
 ) -> UNetDenoiser:
     """Build one expert from its folder: `config.json` and safetensors weights, or a delta against another expert (see `deltas.py`).
 
@@ -193,6 +195,7 @@ def load_expert(
         variant: see `load_weights`.
         sha256: what `deltas.expert_sha256` must give; None to skip that. The hashes of bases are always checked.
         bases: where the tensors of bases are kept once for several experts, of the same dtype; None shares nothing.
+        offload: leave the weights where they are but while they compute, see `offload.offloaded`; the tensors of bases too.
 
     Raises:
         ModelError: a config that is not covered, weights that are not valid or not the ones that a hash names, or a base that is not there.
@@ -202,12 +205,11 @@ def load_expert(
     config = UNetConfig.from_dict(read_json(folders[-1] / "config.json"))
     check_hashes(folders, sha256, shared.hash_of)
     state = read_expert(folder, variant)
-    unet = fill(
-        without_storage(lambda: UNet(config, backend)),
-        {name: stored.tensor for name, stored in state.items()},
-        folder,
-        lambda name, _: shared.place(name, state[name], device),
-    )
+    empty, tensors = without_storage(lambda: UNet(config, backend)), {name: stored.tensor for name, stored in state.items()}
+    if offload:
+        unet = offloaded(empty, tensors, folder, torch.device(device), dtype)
+    else:
+        unet = fill(empty, tensors, folder, lambda name, _: shared.place(name, state[name], device))
     return UNetDenoiser(unet, prediction_type, to_timestep)
 
 
@@ -277,6 +279,7 @@ def expert_pool(
     variant: str | None = None,
     keep: Keep = "active",
     finish: Callable[[UNet], UNet] | None = None,
+    offload: bool = False,
 ) -> ExpertPool:
     """The pool for a model folder's experts: `load_expert` for each, parked in pinned memory on CUDA with keep "active".
 
@@ -288,12 +291,13 @@ def expert_pool(
         prediction_type, to_timestep, dtype, device, backend, variant: see `load_expert`.
         keep: see `ExpertPool`.
         finish: what is done to each network once it is loaded, such as quantizing it; with it nothing is parked.
+        offload: see `load_expert`; nothing is parked, for all experts wait already.
     """
-    parks = torch.device(device).type == "cuda" and keep == "active" and finish is None
+    parks = torch.device(device).type == "cuda" and keep == "active" and finish is None and not offload
     bases = Bases([base for entry in entries for base in chain(folder / entry.subfolder)[1:]], dtype, device, variant)
     loaders: dict[str, Loader] = {}
     for entry in entries:
-        where = "cpu" if parks else device
-        load = partial(load_expert, folder / entry.subfolder, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256, bases)
+        where, at = "cpu" if parks else device, folder / entry.subfolder
+        load = partial(load_expert, at, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256, bases, offload)
         loaders[entry.name] = parked(load, device) if parks else load if finish is None else partial(_finished, load, finish)
     return ExpertPool(entries, loaders, keep, identities(folder, entries))

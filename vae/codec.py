@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, RenderError, UsageError
+from ..offload import present
 from ..seamless import wrapped
 from .autoencoder import Autoencoder
 from .autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
@@ -181,10 +182,13 @@ def _finite(vae: LatentModel, compute: Callable[[LatentModel, Tensor], Tensor], 
     if not x.isfinite().all():
         raise RenderError(f"The {what} hold NaN or infinite values; wanted finite ones; what made them overflowed, so run it in float32.")
     dtype = _dtype(vae)
-    y = compute(vae, x.to(dtype)).float()
+    with present(vae):
+        y = compute(vae, x.to(dtype)).float()
     retried = _non_finite_rows(y) if dtype in (torch.float16, torch.bfloat16) else []
     if retried:
-        y[retried] = compute(copy.deepcopy(vae).float(), x[retried].float())
+        exact = copy.deepcopy(vae).float()
+        with present(exact):
+            y[retried] = compute(exact, x[retried].float())
     broken = _non_finite_rows(y)
     if broken:
         rows = ", ".join(str(row + 1) for row in broken)

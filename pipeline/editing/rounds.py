@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter
 from torch import Generator, Tensor
 
 from ...contracts import Conditioning
+from ...offload import device_of
 from ...schedulers.schedules import SigmaSchedule, make_schedule
 from ...schedulers.step import BoundDenoiser
 from ...vae.codec import LatentCodec, sample_posterior, to_uint8
@@ -274,4 +275,4 @@ def _feathered(mask: NDArray[np.uint8], blur: float) -> NDArray[np.float32]:
 
 
 def _device(codec: LatentCodec) -> torch.device:
-    return next(codec.vae.parameters()).device
+    return device_of(codec.vae)
