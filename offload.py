@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .allocator import give_back_freed_memory
+from .errors import UsageError
 from .weights import check_finite, check_match
 
 Change = Callable[[Tensor], Tensor]
@@ -32,12 +34,14 @@ class Waiting(Mapping[str, Tensor]):
         device: where the network computes.
         dtype: of floating-point tensors there.
         changes: what is done to some of them there, in this order.
+        finish: what is done to each then, such as quantizing it; None for nothing.
     """
 
     stored: Mapping[str, Tensor]
     device: torch.device
     dtype: torch.dtype
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict[str, tuple[Change, ...]])
+    finish: Change | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor as the network computes with it."""
@@ -45,7 +49,7 @@ class Waiting(Mapping[str, Tensor]):
         tensor = stored.to(device=self.device, dtype=self.dtype if stored.is_floating_point() else None)
         for change in self.changes.get(name, ()):
             tensor = change(tensor)
-        return tensor
+        return tensor if self.finish is None else self.finish(tensor)
 
     def __iter__(self) -> Iterator[str]:
         """Their names."""
@@ -105,20 +109,34 @@ def device_of(network: nn.Module) -> torch.device:
     return next(network.parameters()).device if waiting is None else waiting.device
 
 
+def remember(network: nn.Module, originals: Waiting) -> None:
+    """Note what the weights of a network that is about to be quantized are made of, for `changed`."""
+    vars(network)["originals"] = originals
+
+
 def changed(network: N, changes: Mapping[str, Change]) -> N:
     """A copy of a network with some weights changed. The others are shared with the original, which stays bit for bit what it is.
 
     Args:
-        network: any; what is changed of an offloaded one is made anew each time it moves in.
+        network: any. What is changed of an offloaded one is made anew each time it moves in; of a quantized one the weights that it was made of are
+            changed, and quantized then.
         changes: name of a parameter -> what is done to it.
+
+    Raises:
+        UsageError: a weight is quantized, and nothing is known of what it was made of.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    waiting, originals = (known.changed(changes) if known is not None else None for known in (waiting_of(network), vars(network).get("originals")))
+    memo |= {id(vars(network)[name]): new for name, new in (("waiting", waiting), ("originals", originals)) if new is not None}
     for name, change in changes.items():
         weight = network.get_parameter(name)
-        memo[id(weight)] = nn.Parameter(change(weight.detach()), requires_grad=False)
-    waiting = waiting_of(network)
-    if waiting is not None:
-        memo[id(waiting)] = waiting.changed(changes)
+        if not is_traceable_wrapper_subclass(weight):
+            new = change(weight.detach())
+        elif originals is not None:
+            new = originals[name]
+        else:
+            raise UsageError("LoRAs cannot be added to the quantized weights of a network that diffusers computes; leave out --quantize.")
+        memo[id(weight)] = nn.Parameter(new, requires_grad=False)
     return copy.deepcopy(network, memo)
 
 

@@ -4,15 +4,14 @@ Networks are laid out without storage and filled from memory-mapped safetensors,
 architecture is not covered by our networks, the library's class takes its place behind the same contract (`library.py`).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ..errors import ModelError, UsageError
 from ..text_encoders.prompts import Text
 from ..unet.config import UNetConfig
-from ..unet.residency import ExpertPool, Keep, expert_pool, identities
-from ..unet.unet import UNet
+from ..unet.residency import ExpertPool, Finish, Keep, expert_pool, identities
 from ..vae.autoencoder import Autoencoder, modernise_keys
 from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from ..vae.codec import LatentCodec
@@ -156,6 +155,6 @@ def load_experts(folder: ModelFolder, place: Place, keep: Keep | None = None) ->
         loaders = {entry.name: partial(library_expert, folder, entry, dtype, device, refusal, place.quantize) for entry in folder.experts}
         known = identities(folder.path, folder.experts)
         return ExpertPool(folder.experts, loaders, keep, known), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
-    finish: Callable[[UNet], UNet] | None = None if place.quantize == "none" else partial(quantized, kind=place.quantize)
+    finish: Finish | None = None if place.quantize == "none" else lambda unet, stored: quantized(unet, place.quantize, stored)
     backend, offload = place.attention, place.offload
     return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, backend, keep=keep, finish=finish, offload=offload), ()

@@ -12,8 +12,8 @@ from ..attention import AttentionBackend
 from ..errors import UsageError
 from ..model_files import read_weights
 from ..offload import offloaded
-from ..weights import load_weights
-from .quantize import check_quantize
+from ..weights import fill, placed
+from .quantize import check_quantize, quantized
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -72,11 +72,16 @@ def filled(
     *,
     whole: bool = False,
 ) -> N:
-    """The network with the weights of its folder, where they belong; arguments and errors as of `weights.load_weights` and `offload.offloaded`."""
-    if not place.offload:
-        return load_weights(network, folder, stem, place.dtype, place.device, convert=convert)
-    state = read_weights(folder, stem)
-    return offloaded(network, state if convert is None else convert(state), folder, place.device, place.dtype, whole=whole)
+    """The network with the weights of its folder, where they belong; arguments and errors as of `weights.load_weights` and `offload.offloaded`.
+
+    Of those that compute as a whole, the linear layers are not quantized.
+    """
+    read = read_weights(folder, stem)
+    state = read if convert is None else convert(read)
+    if place.offload:
+        return offloaded(network, state, folder, place.device, place.dtype, whole=whole)
+    filled = fill(network, state, folder, lambda name, tensor: placed(name, tensor, folder, place.dtype, place.device))
+    return filled if whole else quantized(filled, place.quantize, state)
 
 
 def choose_device(name: str) -> torch.device:

@@ -2,14 +2,16 @@
 
 import ctypes
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..offload import Waiting, remember
 
 KINDS = ("none", "int8")
 
@@ -31,21 +33,33 @@ def check_quantize(kind: str, device: torch.device) -> str:
     return kind
 
 
-def quantized(network: N, kind: str) -> N:
+def quantized(network: N, kind: str, stored: Mapping[str, Tensor] | None = None) -> N:
     """The network itself, with its linear layers quantized: one scale for each output of a layer; what they compute stays in the network's dtype.
 
     Args:
         network: with its weights, on its device.
         kind: of `KINDS`.
+        stored: the tensors of its files, mapped; with them LoRAs can be added (`offload.changed`). None where they are not to be had.
     """
     if kind == "int8":
-        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import is told of a deprecation
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+        first = next(network.parameters())
+        if stored is not None:
+            remember(network, Waiting(stored, first.device, first.dtype, finish=_int8))
         for layer in [module for module in network.modules() if isinstance(module, nn.Linear)]:
-            quantize_(layer, Int8WeightOnlyConfig())
+            layer.weight = nn.Parameter(_int8(layer.weight.detach()), requires_grad=False)
             _give_back_freed_memory()
     return network
+
+
+def _int8(weight: Tensor) -> Tensor:
+    """The weight of a linear layer as integers and scales."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import is told of a deprecation
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    quantize_(layer, Int8WeightOnlyConfig())
+    return layer.weight
 
 
 def _give_back_freed_memory() -> None:

@@ -32,7 +32,6 @@ from ..weights import without_storage
 from .adapters.adapters import NO_ADAPTERS, Adapters
 from .folder import ModelFolder
 from .place import Place, filled
-from .quantize import quantized
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is told of pictures to draw and to avoid
 
@@ -74,7 +73,7 @@ def load_text(
             projection = folder.parts[name] == "CLIPTextModelWithProjection"
             tower = without_storage(lambda: CLIPText(config, projection, backend))
             tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
-            known[name] = ClipPart(tokenizer, quantized(filled(tower, folder.path / name, place, "model", clip_state_dict), place.quantize))
+            known[name] = ClipPart(tokenizer, filled(tower, folder.path / name, place, "model", clip_state_dict))
         return known[name]
 
     def t5(part: str, masked: bool) -> T5Part:
@@ -82,7 +81,7 @@ def load_text(
         config = T5Config.from_dict(folder.configs[name])
         encoder = without_storage(lambda: T5Encoder(config, backend))
         tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
-        return T5Part(tokenizer, quantized(filled(encoder, folder.path / name, place, "model", t5_state_dict), place.quantize), masked)
+        return T5Part(tokenizer, filled(encoder, folder.path / name, place, "model", t5_state_dict), masked)
 
     load_t5 = partial(t5, "text_encoder_2", masked=True)
     match family:

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..errors import ModelError, UsageError
+from ..errors import ModelError
 from ..model_files import read_safetensors
 from ..offload import changed
 
@@ -77,12 +76,10 @@ def adapted(network: N, pairs: Pairs) -> N:
         pairs: what to add.
 
     Raises:
-        UsageError: the weights are quantized.
+        UsageError: as `offload.changed`.
     """
 
     def add(weight: Tensor, own: Sequence[LowRank]) -> Tensor:
-        if is_traceable_wrapper_subclass(weight):
-            raise UsageError("LoRAs cannot be added to quantized weights; leave out --quantize.")
         return with_pairs(weight, own).to(weight)
 
     return changed(network, {f"{module}.weight": partial(add, own=own) for module, own in pairs.items()})

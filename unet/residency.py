@@ -34,6 +34,8 @@ from .unet import UNet
 
 Keep = Literal["all", "active"]
 Loader = Callable[[], UNetDenoiser]
+Finish = Callable[[UNet, Mapping[str, Tensor]], UNet]
+"""A network and the tensors of its files to the network to compute with, such as a quantized one."""
 
 
 class ExpertPool:
@@ -180,6 +182,7 @@ def load_expert(
     sha256: str | None = None,
     bases: Bases | None = None,
     offload: bool = False,
+    finish: Finish | None = None,
 ) -> UNetDenoiser:
     """Build one expert from its folder: `config.json` and safetensors weights, or a delta against another expert (see `deltas.py`).
 
@@ -196,6 +199,7 @@ def load_expert(
         sha256: what `deltas.expert_sha256` must give; None to skip that. The hashes of bases are always checked.
         bases: where the tensors of bases are kept once for several experts, of the same dtype; None shares nothing.
         offload: leave the weights where they are but while they compute, see `offload.offloaded`; the tensors of bases too.
+        finish: what is done to the network once it has its weights; None for nothing.
 
     Raises:
         ModelError: a config that is not covered, weights that are not valid or not the ones that a hash names, or a base that is not there.
@@ -210,6 +214,8 @@ def load_expert(
         unet = offloaded(empty, tensors, folder, torch.device(device), dtype)
     else:
         unet = fill(empty, tensors, folder, lambda name, _: shared.place(name, state[name], device))
+    if finish is not None:
+        unet = finish(unet, tensors)
     return UNetDenoiser(unet, prediction_type, to_timestep)
 
 
@@ -262,12 +268,6 @@ def parked(load: Loader, device: torch.device | str) -> Loader:
     return to_device
 
 
-def _finished(load: Loader, finish: Callable[[UNet], UNet]) -> UNetDenoiser:
-    denoiser = load()
-    finish(denoiser.unet)
-    return denoiser
-
-
 def expert_pool(
     folder: Path,
     entries: Sequence[ExpertEntry],
@@ -278,7 +278,7 @@ def expert_pool(
     backend: AttentionBackend = AttentionBackend.AUTO,
     variant: str | None = None,
     keep: Keep = "active",
-    finish: Callable[[UNet], UNet] | None = None,
+    finish: Finish | None = None,
     offload: bool = False,
 ) -> ExpertPool:
     """The pool for a model folder's experts: `load_expert` for each, parked in pinned memory on CUDA with keep "active".
@@ -290,7 +290,7 @@ def expert_pool(
         entries: from `experts.read_experts`.
         prediction_type, to_timestep, dtype, device, backend, variant: see `load_expert`.
         keep: see `ExpertPool`.
-        finish: what is done to each network once it is loaded, such as quantizing it; with it nothing is parked.
+        finish: see `load_expert`; with it nothing is parked.
         offload: see `load_expert`; nothing is parked, for all experts wait already.
     """
     parks = torch.device(device).type == "cuda" and keep == "active" and finish is None and not offload
@@ -298,6 +298,6 @@ def expert_pool(
     loaders: dict[str, Loader] = {}
     for entry in entries:
         where, at = "cpu" if parks else device, folder / entry.subfolder
-        load = partial(load_expert, at, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256, bases, offload)
-        loaders[entry.name] = parked(load, device) if parks else load if finish is None else partial(_finished, load, finish)
+        load = partial(load_expert, at, prediction_type, to_timestep, dtype, where, backend, variant, entry.sha256, bases, offload, finish)
+        loaders[entry.name] = parked(load, device) if parks else load
     return ExpertPool(entries, loaders, keep, identities(folder, entries))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lora_files import write_diffusers
 from PIL import Image
 from torch import nn
 from tu_diffuse.cli.main import run
@@ -19,7 +20,7 @@ from tu_diffuse.pipeline.place import choose_place
 from tu_diffuse.pipeline.quantize import check_quantize, quantized
 from tu_diffuse.pipeline.readers import load_texts
 from tu_diffuse.text_encoders.encode import ClipT5Part
-from tu_diffuse.unet.lora import LowRank, adapted
+from tu_diffuse.unet.lora import LowRank, adapted, with_pairs
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 
@@ -106,7 +107,46 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch):
 
 
 @needs_torchao
-def test_loras_are_not_added_to_integers():
-    network = quantized(nn.Sequential(nn.Linear(64, 32)).requires_grad_(False), "int8")
+def test_a_lora_is_added_before_the_weights_are_quantized(sd1_folder: Path, tmp_path: Path, said: Said):
+    """The oracle is the model into which `models convert` baked the LoRA, in U-Net and text encoder."""
+    lora = write_diffusers(tmp_path / "style.safetensors", sd1_folder)
+    said("models", "convert", sd1_folder, "--out", tmp_path / "baked", "--lora", f"{lora}:0.7")
+    common = ["--seed", 3, "--quantize", "int8", "--steps", 4]
+    [baked] = said("generate", "a cat", "--model", tmp_path / "baked", *common, "--out", tmp_path / "a.png")
+    [added] = said("generate", "a cat", "--model", sd1_folder, *common, "--lora", f"{lora}:0.7", "--out", tmp_path / "b.png")
+    [none] = said("generate", "a cat", "--model", sd1_folder, *common, "--out", tmp_path / "c.png")
+    [exact] = said("generate", "a cat", "--model", tmp_path / "baked", *common[:2], *common[4:], "--out", tmp_path / "d.png")
+    assert (pixels(added["path"]) == pixels(baked["path"])).all()
+    assert all((pixels(added["path"]) != pixels(other["path"])).any() for other in (none, exact))
+    assert said("replay", added["path"], "--model", sd1_folder, "--lora", lora)[0]["equal"]
+
+
+@needs_torchao
+def test_lines_of_a_batch_swap_loras_over_integers(sd1_folder: Path, tmp_path: Path, said: Said):
+    lora = write_diffusers(tmp_path / "style.safetensors", sd1_folder)
+    loras = [f"{lora}:0.7", f"{lora}:0", f"{lora}:-0.7"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "a cat", "lora": [one], "seed": 3, "steps": 4}) + "\n" for one in loras))
+    arguments = ["batch", tmp_path / "prompts.jsonl", "--model", sd1_folder, "--out", tmp_path / "out", "--quantize", "int8", "--batch-size", 1]
+    drawn = {event["line"]: pixels(event["path"]) for event in said(*arguments) if event["event"] == "picture"}
+    [alone] = said("generate", "a cat", "--model", sd1_folder, "--seed", 3, "--quantize", "int8", "--steps", 4, "--out", tmp_path / "a.png")
+    assert (drawn[2] == pixels(alone["path"])).all()  # between two that change everything
+    assert len({drawn[line].tobytes() for line in (1, 2, 3)}) == 3
+
+
+@needs_torchao
+def test_a_lora_needs_the_weights_that_the_integers_were_made_of():
+    stored = {"0.weight": torch.randn(32, 64), "0.bias": torch.randn(32)}
+    pairs = {"0": [LowRank(torch.randn(2, 64), torch.randn(32, 2), 0.5)]}
+
+    def network(weight: torch.Tensor) -> nn.Sequential:
+        made = nn.Sequential(nn.Linear(64, 32))
+        made.load_state_dict({**stored, "0.weight": weight})
+        return made.requires_grad_(False)
+
+    x = torch.randn(5, 64)
+    twice = adapted(adapted(quantized(network(stored["0.weight"]), "int8", stored), pairs), pairs)
+    merged = with_pairs(with_pairs(stored["0.weight"], pairs["0"]), pairs["0"])
+    assert torch.equal(twice(x), quantized(network(merged), "int8")(x))
+    assert not torch.equal(twice(x), network(merged)(x))
     with pytest.raises(UsageError, match="leave out --quantize"):
-        adapted(network, {"0": [LowRank(torch.ones(2, 64), torch.ones(32, 2), 1.0)]})
+        adapted(quantized(network(stored["0.weight"]), "int8"), pairs)
