@@ -13,6 +13,15 @@
 A message is one sentence: what came, what was wanted, what to do.
 """
 
+_OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory")  # as PyTorch says it of Linux, of accelerators, of Windows
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device: `MemoryError`, PyTorch's own, or what it and the system say in words."""
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch is imported by the commands that need it
+    said = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or named or said
+
 
 class TuDiffuseError(Exception):
     """Base of the tree; never raised itself."""

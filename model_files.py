@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import ModelError, UnsafeError
+from .errors import ModelError, UnsafeError, out_of_memory
 from .single_file import PICKLE_SUFFIXES, SUFFIX
 from .single_file.documents import documents
 from .single_file.layout import Layout, Piece, layout_of
@@ -97,6 +97,8 @@ def _read_component(inner: Inner) -> dict[str, Tensor]:
         with safe_open(inner.file, framework="pt", device="cpu") as file:
             return {name: _cut(file.get_tensor(piece.name), piece) for name, piece in pieces.items()}
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(f"{inner.file} is not a whole safetensors file ({error}); fetch or save it again.") from error
 
 
@@ -149,6 +151,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch or save it again.") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RenderError, UsageError
+from ..errors import RenderError, UsageError, out_of_memory
 from ..pipeline.editing.inputs import unchanged
 from ..pipeline.editing.rounds import Start, composited, keeping, round_schedule, round_shape, showing
 from ..pipeline.editing.rounds import begin as begin_round
@@ -272,11 +272,6 @@ def finish(studio: Studio, draft: Draft) -> Iterator[Drawn | Lost]:
         settings = applied_settings(studio.folder, studio.place, item.request, item.seed, list(draft.used), truncated, fallbacks)
         pixels = composited(to_uint8(decoded.pixels)[0].cpu(), item.request.edit, part)
         yield Drawn(item, pixels, settings | {"item": item.key, "company": len(draft.items) - 1})
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def free_memory(device: torch.device) -> None:

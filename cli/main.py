@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..allocator import keep_freed_memory
-from ..errors import TuDiffuseError
+from ..errors import TuDiffuseError, out_of_memory
 from .average import average
 from .batch import batch
 from .doctor import doctor
@@ -96,12 +96,12 @@ def run(arguments: Sequence[str]) -> int:
         return _interrupted(arguments)
     except _Terminated:
         return _fail("terminated; what was finished is kept.", 143, arguments)
-    except MemoryError:
-        return _fail("there is not enough memory; ask for smaller pictures, or a smaller --count.", 1, arguments)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads; keep the flush at exit quiet
         return 1
     except Exception as error:
+        if out_of_memory(error):
+            return _fail("there is not enough memory; ask for smaller pictures, or a smaller --count.", 1, arguments)
         return _fail(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints.", 1, arguments)
     return 0
 

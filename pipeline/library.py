@@ -19,7 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..contracts import Conditioning
-from ..errors import ModelError, UsageError, first_line
+from ..errors import ModelError, UsageError, first_line, out_of_memory
 from ..model_files import read_headers, read_json, weight_files
 from ..unet.deltas import chain, check_hashes, expert_sha256, read_expert
 from ..unet.denoiser import Residuals
@@ -92,7 +92,7 @@ class LibraryDenoiser:
                 **extra,
             )[0].float()
         except (RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            if out_of_memory(error):
                 raise
             raise ModelError(f"diffusers cannot compute this U-Net ({first_line(error)}); its config.json is not that of its weights.") from error
         match self.prediction_type:
@@ -206,6 +206,8 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> A
     try:
         network, told = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
     except Exception as error:  # the library raises many kinds
+        if out_of_memory(error):
+            raise
         raise ModelError(f"{refusal} diffusers cannot load {folder.name} either: {first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):  # the library only warns of them
         if told[what]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...errors import ModelError, UnsafeError, first_line
+from ...errors import ModelError, UnsafeError, first_line, out_of_memory
 from ...model_files import read_headers, read_json
 from ...weights import check_finite
 from .inputs import InputPicture, pixels_of
@@ -67,6 +67,8 @@ def _map(estimator: Beside, picture: InputPicture) -> NDArray[np.uint8]:
             output = network(**processor(images=pixels, return_tensors="pt"))
             depth = processor.post_process_depth_estimation(output, [pixels.size[::-1]])[0]["predicted_depth"].numpy()
     except Exception as error:  # the library raises many kinds
+        if out_of_memory(error):
+            raise
         raise ModelError(f"the depth of {picture.name} cannot be computed with {estimator.name!r} ({first_line(error)}).") from error
     low, high = float(depth.min()), float(depth.max())
     if not np.isfinite(high - low):
