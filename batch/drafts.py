@@ -20,7 +20,8 @@ from ..pipeline.editing.rounds import Start, composited, keeping, round_schedule
 from ..pipeline.editing.rounds import begin as begin_round
 from ..pipeline.request import Request, Round, rounds, with_pictures
 from ..pipeline.seeds import noise_source, streams
-from ..pipeline.text_to_image import applied_settings, guidance_policy, words_lost
+from ..pipeline.settings import applied_settings
+from ..pipeline.text_to_image import guidance_policy, words_lost
 from ..schedulers.guidance import GuidedDenoiser, stack_conditionings
 from ..schedulers.registry import sampler_info
 from ..schedulers.schedules import SigmaSchedule

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import UsageError
 from ..model_files import within_single_file
 from ..pipeline.folder import EMBEDDED, ModelFolder
-from ..pipeline.request import Request
+from ..pipeline.request import DRAWING, GUIDING, READING, Request
 from ..pipeline.resolve import resolve
 from .items import Item
 from .journal import Entry, read_journal
@@ -20,25 +20,7 @@ from .plan import Plan
 
 Value = str | int | float
 
-_TUNED = (
-    "width",
-    "height",
-    "steps",
-    "sampler",
-    "schedule",
-    "sigmas",
-    "eta",
-    "guidance",
-    "guidance_rescale",
-    "guidance_interval",
-    "apg",
-    "dynamic_threshold",
-    "strict",
-    "syntax",
-    "long_prompts",
-    "clip_weight",
-    "t5_weight",
-)
+_TUNED = (*DRAWING, "guidance", *GUIDING, "strict", *READING)
 _OFF = ("none", "off")
 
 

@@ -20,28 +20,12 @@ from ..pipeline.editing.control import control_from
 from ..pipeline.editing.edits import edit_from, upscale_from
 from ..pipeline.editing.inputs import InputPicture
 from ..pipeline.output import candidates
-from ..pipeline.request import EARLIER, Request, most_together
+from ..pipeline.request import DRAWING, EARLIER, GUIDING, Request, most_together
 from .files import replace as write_whole
 from .items import Item
 
 PLAN_FILE = "plan.json"
 VERSION = 1
-_SHARED = (
-    "width",
-    "height",
-    "steps",
-    "sampler",
-    "schedule",
-    "sigmas",
-    "eta",
-    "guidance_rescale",
-    "guidance_interval",
-    "apg",
-    "dynamic_threshold",
-    "loras",
-)
-
-
 _ANY = InputPicture("", "", 0, 0, "")  # stands for pictures that may differ within a batch
 
 
@@ -111,7 +95,7 @@ def _shared(request: Request) -> tuple[Any, ...]:
     """What the rows of a batch have in common; which pictures they begin with may differ."""
     edit = None if request.edit is None else (request.edit.strength, request.edit.mask is None)
     control = None if request.control is None else replace(request.control, image=_ANY)
-    return (*(getattr(request, name) for name in _SHARED), edit, request.upscale, request.tile, control)
+    return (*(getattr(request, name) for name in (*DRAWING, *GUIDING, "loras")), edit, request.upscale, request.tile, control)
 
 
 def _cut(group: Sequence[Planned], batch_size: int | None) -> Iterable[tuple[Planned, ...]]:

@@ -20,27 +20,9 @@ from .hub.models import HubName, cached, hub_name, is_commit
 from .loading import Model
 from .metadata import encode_picture, open_picture
 from .previews import to_image
-from .request import EARLIER, Request, batches, rounds
+from .request import DRAWING, EARLIER, GUIDING, READING, Request, batches, rounds
 from .resolve import resolve
 from .text_to_image import Picture, text_to_image
-
-_COPIED = (
-    "negative",
-    "width",
-    "height",
-    "steps",
-    "sampler",
-    "schedule",
-    "sigmas",
-    "eta",
-    "guidance_rescale",
-    "apg",
-    "dynamic_threshold",
-    "syntax",
-    "long_prompts",
-    "clip_weight",
-    "t5_weight",
-)
 
 
 @dataclass(frozen=True)
@@ -98,17 +80,17 @@ def request_of(folder: ModelFolder, settings: Mapping[str, Any]) -> tuple[Reques
     """
     try:
         known = {**EARLIER, **settings}
-        copied: dict[str, Any] = {name: known[name] for name in _COPIED}
+        copied: dict[str, Any] = {name: known[name] for name in ("negative", *DRAWING, *GUIDING, *READING)}
         if copied["schedule"] == "custom":
             del copied["schedule"]  # the sigmas say it
-        interval, template = settings["guidance_interval"], known["template"]
+        interval, template = copied["guidance_interval"], known["template"]
+        copied["guidance_interval"] = None if interval is None else (interval[0], interval[1])
         loras = [LoraUse.stored(lora) for lora in known["loras"]]
         request = resolve(
             folder,
             settings["prompt"],
             settings["batch"],
             guidance=None if settings["expert_guidance"] else settings["guidance"],
-            guidance_interval=None if interval is None else (interval[0], interval[1]),
             loras=loras,
             embeddings=[EmbeddingUse.stored(one) for one in known["embeddings"]],
             template=None if template is None else (template[0], template[1]),

@@ -13,6 +13,10 @@ from .editing.inputs import InputPicture
 
 BATCH_PIXELS = 4 * 512 * 512
 BATCH_PICTURES = 16
+DRAWING = ("width", "height", "steps", "sampler", "schedule", "sigmas", "eta")
+GUIDING = ("guidance_rescale", "guidance_interval", "apg", "dynamic_threshold")  # beside the scale, which may be the experts' own
+READING = ("syntax", "long_prompts", "clip_weight", "t5_weight")
+"""Fields of `Request` that plans, replay and galleries treat alike: `resolve` takes them, and pictures record them, under these names as they are."""
 EARLIER: Mapping[str, Any] = {
     "loras": (),
     "embeddings": (),

@@ -2,8 +2,8 @@
 
     encode ──> schedule ──> noise ──> denoise ──> decode
 
-Each line of it leads to one folder or file: text_encoders/, schedulers/, seeds.py and editing.py, unet/, vae/. A picture that is enlarged while it is
-drawn goes through the first four twice.
+Each of them leads to one folder or file: text_encoders/, schedulers/, seeds.py and editing/rounds.py, unet/, vae/. A picture that is enlarged while
+it is drawn goes through the first four twice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..contracts import Conditioning
 from ..errors import RenderError, UsageError
 from ..schedulers.guidance import Apg, Guidance, GuidedDenoiser, expert_scale, repeated
 from ..schedulers.registry import sampler_info
-from ..schedulers.step import stages
+from ..schedulers.schedules import SigmaSchedule
+from ..schedulers.step import Step, stages
 from ..vae.codec import to_uint8
-from .editing.rounds import begin, composited, keeping, round_schedule, round_shape, showing
+from .editing.rounds import Start, begin, composited, keeping, round_schedule, round_shape, showing
 from .folder import ModelFolder
 from .loading import Model
-from .place import Place
 from .readers import Encode
-from .request import Request, Round, recorded, rounds, steps_of
+from .request import Request, Round, rounds, steps_of
 from .seeds import noise_source, streams
+from .settings import applied_settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,39 +85,28 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
     if (request.loras, request.embeddings) != (model.adapters.loras, model.adapters.embeddings):
         raise ValueError("The request names other LoRAs or embeddings than the model was loaded with.")
 
-    folder, device, codec = model.folder, model.place.device, model.codec.tiled(request.tile)
-    generators, guidance = streams(request.seeds), guidance_policy(folder, request)
-    parts, truncated = rounds(request), dict[str, str]()
-    used, fallbacks, latents = list[tuple[str, float, float]](), [*model.fallbacks], None
-    for part in parts:
+    folder, codec, device = model.folder, model.codec.tiled(request.tile), model.place.device
+    generators, total = streams(request.seeds), steps_of(request)
+    latents, truncated = None, dict[str, str]()
+    used, fallbacks = list[tuple[str, float, float]](), [*model.fallbacks]
+    for part in rounds(request):
         # Encode: the prompt becomes tokens and a pooled vector; experts of different makes, as SDXL's base and refiner, read it in their own ways.
         told = _encode(model, request, part)
         truncated = words_lost({name: words for one in told.values() for name, words in one.overflow.items()}, request.strict)
 
         # Schedule: the noise levels that the sampler visits.
         schedule = round_schedule(folder, request, part)
-        sampler = sampler_info(request.sampler)
-        options = {} if request.eta is None else {"eta": request.eta}
 
         # Noise: each picture draws from its own stream; it begins in noise alone, in a picture under noise, or in a smaller drawing of itself.
         start = begin(folder, lambda: codec, device, [request] * len(request.seeds), part, schedule, generators, latents)
-        fresh = noise_source(generators, round_shape(folder, part), device)
 
         # Denoise: from expert to expert, the sampler asks the one whose noise levels these are, guided by what it is told.
-        residuals = model.controls.residuals(request.control, schedule, part.first)
-        experts = model.experts.table(schedule.timestep_at, added=model.adapters.unets, tile=request.tile, residuals=residuals)
-        x, rows = start.latents, [request] * len(request.seeds)
-        for first, end in stages(schedule.sigmas, experts.borders, part.first):
-            said = told[experts.expert_for(float(schedule.sigmas[first])).name]
-            guided = partial(GuidedDenoiser(experts, guidance, said.negative), conditioning=showing(said.prompt, start, rows, part))
-            denoise = keeping(guided, start.kept, float(schedule.sigmas[part.first]))
-            steps = sampler.function(denoise, x, schedule.sigmas, fresh, borders=experts.borders, first=first, **options)
-            for step in islice(steps, end - first):
-                expert = experts.expert_for(step.sigma).name
-                x = step.x
-                used.append((expert, step.sigma, step.sigma_next))
-                yield Progress(len(used) - 1, steps_of(request), step.sigma, expert, step.x0)
-        latents = x * schedule.final_scale
+        latents = start.latents
+        for expert, step in _denoise(model, request, part, told, schedule, start, generators):
+            latents = step.x
+            used.append((expert, step.sigma, step.sigma_next))
+            yield Progress(len(used) - 1, total, step.sigma, expert, step.x0)
+        latents = latents * schedule.final_scale
         fallbacks += start.fallbacks
 
     # Decode: one picture at a time, so that the memory it takes does not grow with the batch.
@@ -129,73 +118,11 @@ def text_to_image(model: Model, request: Request) -> Iterator[Progress | Picture
         except RenderError as error:
             failed.append(error)
             continue
+        pixels = composited(to_uint8(decoded.pixels)[0].cpu(), request.edit, rounds(request)[-1])
         settings = applied_settings(folder, model.place, request, seed, used, truncated, [*fallbacks, *decoded.fallbacks[0]])
-        yield Picture(index, seed, composited(to_uint8(decoded.pixels)[0].cpu(), request.edit, parts[-1]), settings)
+        yield Picture(index, seed, pixels, settings)
     if failed:
         raise RenderError(f"{len(failed)} of {len(request.seeds)} pictures could not be made: {failed[0]}")
-
-
-def applied_settings(
-    folder: ModelFolder,
-    place: Place,
-    request: Request,
-    seed: int,
-    used: Sequence[tuple[str, float, float]],
-    truncated: Mapping[str, str],
-    fallbacks: Sequence[str],
-) -> dict[str, Any]:
-    """All that decided a picture, as the JSON object that its file carries.
-
-    Args:
-        folder: the model that drew it.
-        place: where it was computed.
-        request: what was asked for; its fields are copied, except that `seeds` is called `batch` (results are exactly equal only in an equal batch).
-        seed: the picture's own.
-        used: (expert, sigma, next sigma) of every step that was taken; written as one entry for each run of steps by the same expert.
-        truncated: encoder -> the words that it did not see.
-        fallbacks: what had to be done differently.
-    """
-    experts: list[dict[str, Any]] = []
-    for step, (name, sigma, sigma_next) in enumerate(used):
-        if not experts or experts[-1]["name"] != name or sigma > experts[-1]["sigma_to"]:
-            experts.append({"name": name, "first_step": step + 1, "sigma_from": sigma})
-        experts[-1] |= {"last_step": step + 1, "sigma_to": sigma_next}
-    asked = recorded(request)
-    asked["batch"] = list(asked.pop("seeds"))
-    del asked["strict"]  # decides whether there is a picture, not what it looks like
-    return {
-        "version": 1,
-        "software": f"tu-diffuse {__version__}",
-        "torch": torch.__version__,
-        "model": {
-            "name": folder.name,
-            "commit": folder.commit,
-            "hash": folder.fingerprint,
-            "prediction_type": folder.noise.prediction_type,
-        },
-        **asked,
-        "seed": seed,
-        "dtype": str(place.dtype).removeprefix("torch."),
-        "device": place.device.type,
-        "attention": str(place.attention),
-        "quantize": place.quantize,
-        "experts": experts,
-        "truncated": dict(truncated),
-        "fallbacks": list(dict.fromkeys(fallbacks)),
-    }
-
-
-def guidance_policy(folder: ModelFolder, request: Request) -> Guidance:
-    """The guidance that a request asks for, with the experts' own scales where it names none."""
-    scales = [(e.sigma_min, e.sigma_max, e.guidance) for e in folder.experts]
-    return Guidance(
-        scale=expert_scale(scales, request.guidance) if request.expert_guidance else request.guidance,
-        interval=(0.0, float("inf")) if request.guidance_interval is None else request.guidance_interval,
-        rescale=request.guidance_rescale,
-        rescale_space=folder.noise.prediction_type,
-        apg=Apg() if request.apg else None,
-        threshold=request.dynamic_threshold,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +142,44 @@ def _encode(model: Model, request: Request, part: Round) -> dict[str, _Told]:
         overflow = prompt.overflow[0] | {f"negative {name}": words for name, words in negative.overflow[0].items()}
         told[encode] = _Told(repeated(prompt.conditioning, len(request.seeds)), negative.conditioning, overflow)
     return {name: told[encode] for name, encode in model.readers.items()}
+
+
+def _denoise(
+    model: Model,
+    request: Request,
+    part: Round,
+    told: Mapping[str, _Told],
+    schedule: SigmaSchedule,
+    start: Start,
+    generators: Sequence[torch.Generator],
+) -> Iterator[tuple[str, Step]]:
+    """A round's steps, each with the name of the expert that took it."""
+    residuals = model.controls.residuals(request.control, schedule, part.first)
+    experts = model.experts.table(schedule.timestep_at, added=model.adapters.unets, tile=request.tile, residuals=residuals)
+    guidance, sampler = guidance_policy(model.folder, request), sampler_info(request.sampler)
+    fresh = noise_source(generators, round_shape(model.folder, part), model.place.device)
+    options = {} if request.eta is None else {"eta": request.eta}
+    x, rows = start.latents, [request] * len(request.seeds)
+    for first, end in stages(schedule.sigmas, experts.borders, part.first):
+        said = told[experts.expert_for(float(schedule.sigmas[first])).name]
+        guided = partial(GuidedDenoiser(experts, guidance, said.negative), conditioning=showing(said.prompt, start, rows, part))
+        denoise = keeping(guided, start.kept, float(schedule.sigmas[part.first]))
+        for step in islice(sampler.function(denoise, x, schedule.sigmas, fresh, borders=experts.borders, first=first, **options), end - first):
+            x = step.x
+            yield experts.expert_for(step.sigma).name, step
+
+
+def guidance_policy(folder: ModelFolder, request: Request) -> Guidance:
+    """The guidance that a request asks for, with the experts' own scales where it names none."""
+    scales = [(e.sigma_min, e.sigma_max, e.guidance) for e in folder.experts]
+    return Guidance(
+        scale=expert_scale(scales, request.guidance) if request.expert_guidance else request.guidance,
+        interval=(0.0, float("inf")) if request.guidance_interval is None else request.guidance_interval,
+        rescale=request.guidance_rescale,
+        rescale_space=folder.noise.prediction_type,
+        apg=Apg() if request.apg else None,
+        threshold=request.dynamic_threshold,
+    )
 
 
 def words_lost(overflow: Mapping[str, str], strict: bool) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import json
 import unicodedata
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tu_diffuse.batch.plan import Plan, extend, load_plan, save_plan
 from tu_diffuse.errors import DataError
 from tu_diffuse.pipeline.folder import ModelFolder
 from tu_diffuse.pipeline.output import MAX_NAME_BYTES
-from tu_diffuse.pipeline.request import Request
+from tu_diffuse.pipeline.request import DRAWING, GUIDING, READING, Request
 
 MODEL = "m" * 64
 
@@ -129,3 +129,10 @@ def bare_item(prompt: str, i: int) -> Item:
     given: dict[str, Any] = dict.fromkeys(Request.__dataclass_fields__)
     request = Request(**{**given, "prompt": prompt, "seeds": (i,), "width": 32, "height": 32})
     return Item(f"{i:032x}", i + 1, request, "{number}-{prompt}-{seed}", "png")
+
+
+def test_a_new_setting_is_put_on_a_list_or_treated_by_itself():
+    """By plans, replay and galleries: what stands on no list is named in each of them."""
+    alone = {"prompt", "negative", "seeds", "guidance", "expert_guidance", "strict", "loras", "embeddings", "template"}
+    pictures = {"edit", "upscale", "tile", "control"}
+    assert sorted([*DRAWING, *GUIDING, *READING, *alone, *pictures]) == sorted(field.name for field in fields(Request))
