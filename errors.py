@@ -13,15 +13,6 @@
 A message is one sentence: what came, what was wanted, what to do.
 """
 
-_OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory")  # as PyTorch says it of Linux, of accelerators, of Windows
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whatever device: `MemoryError`, PyTorch's own, or what it and the system say in words."""
-    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch is imported by the commands that need it
-    said = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-    return isinstance(error, MemoryError) or named or said
-
 
 class TuDiffuseError(Exception):
     """Base of the tree; never raised itself."""
@@ -80,3 +71,13 @@ class OutputError(TuDiffuseError):
 def first_line(error: BaseException) -> str:
     """What a library's error says, at most 300 characters of its first line; its class where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+
+
+_OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory")  # as Linux, accelerators and Windows say it
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device: `MemoryError`, PyTorch's own, or any other library's in these words."""
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)  # torch is imported by the commands that need it
+    said = not isinstance(error, TuDiffuseError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError) or named or said
