@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tu_diffuse.allocator import keep_freed_memory
 from tu_diffuse.pipeline.folder import ModelFolder, open_folder
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.batches import ahead, batch_plan, crop_generator
@@ -126,6 +127,7 @@ def main() -> None:
     if options.steps < 2 * LOG_EVERY or options.steps % LOG_EVERY:
         parser.error(f"--steps {options.steps} is not a multiple of {LOG_EVERY} from {2 * LOG_EVERY} on")
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the command does, for both sides
     with tempfile.TemporaryDirectory() as work:
         raw, encoded = plans(open_folder(None), Path(work), options)
         batches = options.samples // options.batch_size
