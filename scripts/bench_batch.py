@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ratios import report, spread
+
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "black")
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "crescent", "hexagon")
 BATCH = 16
@@ -157,8 +159,7 @@ def compare_swapping(texts: list[str], rounds: int) -> None:
     for name, values in results.items():
         seconds = [took for took, _ in values]
         ratios = [took / own for took, own in zip(seconds, first, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{name}: {values[0][1]} loads, {statistics.median(seconds):.1f} s (median), {spread} times the first")
+        print(f"{name}: {values[0][1]} loads, {statistics.median(seconds):.1f} s (median), {spread(ratios)} times the first")
 
 
 CONTENDERS: dict[str, Callable[[list[str], Path], float]] = {"ours": ours, "plain": theirs, "batched": batched}
@@ -222,11 +223,7 @@ def main() -> None:
             process.join()
             seconds[name].append(took)
             memory[name] = max(memory[name], highest)
-    for name, values in seconds.items():
-        ratios = [value / own for value, own in zip(values, seconds["ours"], strict=True)]
-        times = f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f} s"
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{name}: {times} (minimum / median / maximum), {spread} times ours, {memory[name]:.0f} MB")
+    report(seconds, memory)
 
 
 if __name__ == "__main__":

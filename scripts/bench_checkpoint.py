@@ -9,12 +9,13 @@ far the two pictures are apart, seconds, the ratio to ours in the same round wit
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from ratios import report
 
 PROMPT = "a red apple to the left of a blue star"
 MAKE = """
@@ -107,11 +108,7 @@ def main() -> None:
                     seconds[name].append(took)
             difference = apart(ours, theirs) if ours.exists() else difference
         print(f"largest difference of the pictures: {difference} of 255")
-    for name, values in seconds.items():
-        ratios = [value / own for value, own in zip(values, seconds["ours"], strict=True)]
-        times = f"{min(values):.1f} / {statistics.median(values):.1f} / {max(values):.1f} s"
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"{name}: {times} (minimum / median / maximum), {spread} times ours, {memory[name]:.0f} MB")
+    report(seconds, memory)
 
 
 if __name__ == "__main__":
