@@ -39,7 +39,7 @@ def info(
     With --json one line: for a picture the settings it carries, for a model what tu-diffuse models info prints.
     """
     del debug  # read in main.py
-    from ..pipeline.hub.models import found
+    from ..pipeline.hub.found import found
 
     if path is not None and path.suffix not in PICTURES:
         path = found(path, fetch=False)

@@ -130,7 +130,7 @@ def info(model: AnyModel = None, prediction_type: PredictionType = None, as_json
     of a LoRA or network kind, name, commit, licence, architecture, tensors, parameters, dtype and megabytes.
     """
     del debug  # read in main.py
-    from ..pipeline.hub.models import found
+    from ..pipeline.hub.found import found
 
     facts = facts_of(None if model is None else found(model, fetch=False), prediction_type)
     if as_json:
@@ -163,7 +163,7 @@ def verify(
     """
     del debug  # read in main.py
     from ..pipeline.hub.cache import verify as verify_model
-    from ..pipeline.hub.models import found
+    from ..pipeline.hub.found import found
 
     path = found(model, fetch=False)
     if not path.exists():

@@ -23,7 +23,8 @@ from ..unet.experts import ExpertEntry, read_experts
 from .allowed import allowed_parts, refuse_code, refuse_files, refuse_pickles
 from .defaults import Defaults, read_defaults
 from .fingerprint import add_sample, fingerprint
-from .hub.models import found, origin_of
+from .hub.found import found
+from .hub.models import origin_of
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ..errors import ModelError, UsageError
 from ..model_files import read_json, read_weights, weight_files
 from ..pipeline.folder import ModelFolder, open_folder
-from ..pipeline.hub.models import found as pulled
+from ..pipeline.hub.found import found as pulled
 from ..pipeline.hub.models import hub_name
 from ..pipeline.staging import copy_folder, linked, staged_folder
 from ..text_encoders.clip import CLIPText, CLIPTextConfig

@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import UsageError
 from ...model_files import inside, is_pickle_name, read_json
 
 _NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*)(?:@([A-Za-z0-9][A-Za-z0-9_./-]*))?")
@@ -82,32 +81,3 @@ def cached(name: HubName) -> Path | None:
         shards = {shard for index in snapshot.glob("*.safetensors.index*.json") for shard in read_json(index).get("weight_map", {}).values()}
         return snapshot if files and all(inside(snapshot, shard).exists() for shard in shards) else None
     return files[0] if len(files) == 1 else None
-
-
-def found(path: Path, *, fetch: bool = True) -> Path:
-    """What a person named: a file or folder that is there as it is, else a hub's model from the cache, or from the hub.
-
-    Args:
-        path: as it was given.
-        fetch: whether a model that is not in the cache is fetched.
-
-    Returns:
-        A path in the cache, or `path` itself, whether it is there or not.
-
-    Raises:
-        UsageError: it looks like a hub's name but nothing may be fetched.
-        TuDiffuseError: see `hub_pull.pull`.
-    """
-    name = None if path.exists() else hub_name(path.as_posix())
-    if name is None:
-        return path
-    there = cached(name)
-    if there is not None:
-        return there
-    if not fetch:
-        raise UsageError(f"{str(name)!r} is neither here nor in the hub's cache; give a folder, or fetch it with tu-diffuse models pull {name}.")
-    if Path(path.parts[0]).is_dir():
-        raise UsageError(f"{str(name)!r} is not there, though {path.parts[0]}/ is; correct the path, or fetch it from the hub: models pull {name}.")
-    from .pull import pull  # costs half a second of imports
-
-    return pull(name)

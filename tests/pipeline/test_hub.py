@@ -14,7 +14,8 @@ from hub_stand_in import Hub, files_below, hub_stand_in, use_hub
 from safetensors.numpy import save
 from tu_diffuse.errors import HubError, ModelError, OutputError, TuDiffuseError, UnsafeError, UsageError
 from tu_diffuse.pipeline.hub import pull as hub_pull
-from tu_diffuse.pipeline.hub.models import HubName, cached, found, hub_name, origin_of
+from tu_diffuse.pipeline.hub.found import found
+from tu_diffuse.pipeline.hub.models import HubName, cached, hub_name, origin_of
 from tu_diffuse.pipeline.hub.pull import fetch, plan_pull
 
 REPO = "me/it"
