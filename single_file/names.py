@@ -5,8 +5,9 @@ on the folder's side those of diffusers' and transformers' classes. Both number 
 the folder within each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -16,6 +17,7 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
+_USUAL_BLOCKS = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")  # where a config names none
 _VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP_BLOCK = {
@@ -38,6 +40,13 @@ class Level:
 
     resnets: int
     attention: bool
+
+
+def levels_of(config: Mapping[str, Any]) -> list[Level]:
+    """The levels of a U-Net's `config.json`."""
+    kinds, resnets = config.get("down_block_types", _USUAL_BLOCKS), config.get("layers_per_block", 2)
+    each = [resnets] * len(kinds) if isinstance(resnets, int) else resnets
+    return [Level(count, kind == "CrossAttnDownBlock2D") for count, kind in zip(each, kinds, strict=True)]
 
 
 def unet_modules(levels: Sequence[Level]) -> dict[str, str]:
@@ -73,6 +82,17 @@ def unet_modules(levels: Sequence[Level]) -> dict[str, str]:
         if number < len(levels) - 1:
             modules[f"up_blocks.{number}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{2 if level.attention else 1}.conv"
     return modules
+
+
+def ldm_names(modules: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """File name -> folder name for the modules of a U-Net that have one, as SDXL's LoRA files call them (also known as SGM).
+
+    Args:
+        modules: names on the folder's side.
+        config: the U-Net's `config.json`.
+    """
+    table = unet_modules(levels_of(config))
+    return {theirs: name for name in modules if (theirs := renamed(name, table)) is not None}
 
 
 def vae_modules(levels: int, resnets: int) -> dict[str, str]:

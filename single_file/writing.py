@@ -1,14 +1,14 @@
 """A model folder's tensors as those of a single file: what `layout.py` reads, the other way round."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layout import TEXT_PREFIXES, UNET, VAE
-from .names import JOINT, PARAMETERS, Level, open_clip_modules, renamed, unet_modules, vae_modules
+from .names import JOINT, PARAMETERS, levels_of, open_clip_modules, renamed, unet_modules, vae_modules
 
 _ARCHITECTURES = {
     "sd1": "stable-diffusion-v1",
@@ -31,9 +31,7 @@ def unet_tensors(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
     Raises:
         KeyError: a tensor that a single file has no name for.
     """
-    kinds, resnets = config["down_block_types"], config.get("layers_per_block", 2)
-    each: Sequence[int] = resnets if isinstance(resnets, list) else [resnets] * len(kinds)
-    modules = unet_modules([Level(n, kind == "CrossAttnDownBlock2D") for n, kind in zip(each, kinds, strict=True)])
+    modules = unet_modules(levels_of(config))
     return {UNET + _name(name, modules): tensor for name, tensor in state.items()}
 
 

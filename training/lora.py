@@ -1,17 +1,18 @@
 """LoRA by peft: adapters put into networks, and written as files that diffusers and kohya's programs read."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..single_file.names import ldm_names
 from ..text_encoders.clip import CLIPText
 from ..text_encoders.t5 import T5Encoder
-from ..unet.ldm_names import ldm_names
 from ..unet.lora import METADATA
 from ..unet.unet import UNet
 
@@ -90,7 +91,7 @@ def write_diffusers(path: Path, pairs: Mapping[str, Pairs], rank: int, alpha: fl
     save_file(tensors, path, metadata={"format": "pt", METADATA: json.dumps(settings, sort_keys=True)})
 
 
-def write_kohya(path: Path, pairs: Mapping[str, Pairs], alpha: float, family: str, layers_per_block: int | Sequence[int]) -> None:
+def write_kohya(path: Path, pairs: Mapping[str, Pairs], alpha: float, family: str, unet: Mapping[str, Any]) -> None:
     """Write the layout of kohya's programs: `<name>.lora_down.weight`, `.lora_up.weight` and `.alpha`, dots of a module's name turned to underscores.
 
     The name begins with `lora_unet_`, or for text encoders `lora_te_` (SD), `lora_te1_` and `lora_te2_` (SDXL) or `lora_te3_` (T5). SDXL's U-Net has
@@ -101,12 +102,12 @@ def write_kohya(path: Path, pairs: Mapping[str, Pairs], alpha: float, family: st
         pairs: component -> its pairs; the join of CLIP and T5 has no name there.
         alpha: of all.
         family: of the model.
-        layers_per_block: of the U-Net.
+        unet: the U-Net's `config.json`.
     """
     tensors: dict[str, Tensor] = {}
     for component, own in pairs.items():
         prefix = "lora_unet" if component == "unet" else _KOHYA_TEXT[family][component]
-        original = ldm_names(own, layers_per_block) if component == "unet" and family.startswith("sdxl") else {}
+        original = ldm_names(own, unet) if component == "unet" and family.startswith("sdxl") else {}
         renamed = {module: name for name, module in original.items()}
         for module, (down, up) in own.items():
             name = f"{prefix}_{renamed.get(module, module).replace('.', '_')}"

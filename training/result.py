@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -56,8 +57,8 @@ def lora_files(config: FinetuneConfig, folder: ModelFolder, weights: Mapping[str
     contents = _by_file(folder, {name: own for name, own in _pairs(weights).items() if own})
     alpha = alpha_of(config)
     if config.format == "kohya":
-        family, layers = _shape(folder, config.expert)
-        return {name: partial(write_kohya, pairs=own, alpha=alpha, family=family, layers_per_block=layers) for name, own in contents.items()}
+        family, unet = _shape(folder, config.expert)
+        return {name: partial(write_kohya, pairs=own, alpha=alpha, family=family, unet=unet) for name, own in contents.items()}
     return {name: partial(write_diffusers, pairs=own, rank=config.lora, alpha=alpha) for name, own in contents.items()}
 
 
@@ -81,8 +82,8 @@ def _by_file(folder: ModelFolder, pairs: Mapping[str, Pairs]) -> dict[str, dict[
     return {f"{rest}-{LORA_FILE}": dict([content[name]]) for name, (_, rest) in named.items()}
 
 
-def _shape(folder: ModelFolder, expert: str | None) -> tuple[str, int | list[int]]:
-    """Family and layers a block of what was trained, which decide kohya's names."""
+def _shape(folder: ModelFolder, expert: str | None) -> tuple[str, Mapping[str, Any]]:
+    """Family and U-Net's config of what was trained, which decide kohya's names."""
     entry = next(entry for entry in folder.experts if expert in (None, entry.name))
     family = folder.family if entry.text is None else entry.text.family
-    return family, folder.configs[entry.subfolder].get("layers_per_block", 2)
+    return family, folder.configs[entry.subfolder]

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from ...errors import ModelError
+from ...single_file.names import ldm_names
 from ...text_encoders.clip import CLIPText, CLIPTextConfig
 from ...text_encoders.conditioner import Conditioner, ConditionerConfig
 from ...text_encoders.t5 import T5Config, T5Encoder
 from ...text_encoders.t5_residual import T5Residual, T5ResidualConfig
 from ...unet.config import UNetConfig
 from ...unet.experts import ExpertEntry
-from ...unet.ldm_names import ldm_names
 from ...unet.lora import LowRank
 from ...unet.unet import UNet
 from ...weights import without_storage
@@ -82,7 +82,7 @@ class Network:
 def networks_of(folder: ModelFolder, entry: ExpertEntry) -> list[Network]:
     """The networks that an expert uses: its U-Net, and what it reads prompts with."""
     unet = _shapes(_unet(folder, entry.subfolder))
-    original = ldm_names(unet, folder.configs[entry.subfolder].get("layers_per_block", 2))
+    original = ldm_names(unet, folder.configs[entry.subfolder])
     networks = [Network(UNET, UNET, unet, _with_flat({name: name for name in unet} | original))]
     family = folder.family if entry.text is None else entry.text.family
     for part in TEXT_PARTS[family]:

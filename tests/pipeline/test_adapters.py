@@ -16,7 +16,7 @@ from tu_diffuse.errors import ModelError, UnsafeError, UsageError
 from tu_diffuse.pipeline.adapters.adapters import Shelf, lora_spec
 from tu_diffuse.pipeline.adapters.adapters import baked as added_for_good
 from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.unet.ldm_names import ldm_names
+from tu_diffuse.single_file.names import ldm_names
 
 FOLDERS = ("sd1_folder", "sd2_folder", "sdxl_folder")
 
@@ -106,19 +106,21 @@ def test_an_sdxl_file_of_kohya_makes_the_weights_of_diffusers(sdxl_folder: Path,
 
 def test_levels_may_have_layers_of_their_own():
     modules = [f"{way}_blocks.{level}.resnets.0.conv1" for way in ("down", "up") for level in range(3)]
-    assert list(ldm_names(modules, [1, 3, 2])) == [f"{name}.0.in_layers.2" for name in ("input_blocks.1", "input_blocks.3", "input_blocks.7")] + [
-        f"{name}.0.in_layers.2" for name in ("output_blocks.0", "output_blocks.3", "output_blocks.7")
-    ]
-    assert ldm_names(modules, [2, 2, 2]) == ldm_names(modules, 2)
+    config: dict[str, Any] = {"down_block_types": ["DownBlock2D"] * 3}
+    assert list(ldm_names(modules, config | {"layers_per_block": [1, 3, 2]})) == [
+        f"{name}.0.in_layers.2" for name in ("input_blocks.1", "input_blocks.3", "input_blocks.7")
+    ] + [f"{name}.0.in_layers.2" for name in ("output_blocks.0", "output_blocks.3", "output_blocks.7")]
+    assert ldm_names(modules, config | {"layers_per_block": [2, 2, 2]}) == ldm_names(modules, config)
 
 
 def test_a_change_of_resolution_on_the_way_up_comes_after_the_transformer_if_there_is_one():
     """SDXL has its two at output_blocks.2.2 and 5.2, SD at 2.1, 5.2 and 8.2 (their published configurations)."""
     convs = [f"up_blocks.{level}.upsamplers.0.conv" for level in range(3)]
     attentions = [f"up_blocks.{level}.attentions.0.proj_in" for level in range(3)]
-    sdxl = ldm_names([*convs[:2], *attentions[:2]], 2)
+    attending = "CrossAttnDownBlock2D"
+    sdxl = ldm_names([*convs[:2], *attentions[:2]], {"down_block_types": ["DownBlock2D", attending, attending]})
     assert {name for name in sdxl if name.endswith(".conv")} == {"output_blocks.2.2.conv", "output_blocks.5.2.conv"}
-    assert {name for name in ldm_names([*convs, *attentions[1:]], 2) if name.endswith(".conv")} == {
+    assert {name for name in ldm_names([*convs, *attentions[1:]], {}) if name.endswith(".conv")} == {
         "output_blocks.2.1.conv",
         "output_blocks.5.2.conv",
         "output_blocks.8.2.conv",

@@ -17,6 +17,7 @@ from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.shards.index import ShardIndex, index_shards
+from tu_diffuse.single_file.names import ldm_names
 from tu_diffuse.training.composing import compose
 from tu_diffuse.training.config import FinetuneConfig, make_config
 from tu_diffuse.training.encoded import open_source
@@ -27,7 +28,6 @@ from tu_diffuse.training.objective import Draw
 from tu_diffuse.training.result import LORA_FILE
 from tu_diffuse.training.subject import read_as
 from tu_diffuse.unet.deltas import read_expert
-from tu_diffuse.unet.ldm_names import ldm_names
 from world import STAGES
 
 from shards import write_shard
@@ -126,7 +126,8 @@ def test_kohya_names_are_those_of_the_original_network(sdxl_folder: Path, index:
     up = [f"up_blocks.{level}.attentions.{i}.{attention}" for level in (0, 1) for i in range(3)]
     originals = [*(f"input_blocks.{entry}" for entry in (4, 5, 7, 8)), *(f"output_blocks.{entry}" for entry in range(6)), "middle_block"]
     modules = [*down, *up, f"mid_block.attentions.0.{attention}"]
-    assert ldm_names(modules, 2) == {f"{entry}.1.{attention}": module for entry, module in zip(originals, modules, strict=True)}
+    sdxl = {"down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2]}
+    assert ldm_names(modules, sdxl) == {f"{entry}.1.{attention}": module for entry, module in zip(originals, modules, strict=True)}
     run(sdxl_folder, index, tmp_path, steps=1, lora=2, format="kohya", train="unet,text-encoders")
     names = set(load_file(tmp_path / LORA_FILE))
     assert "lora_te2_text_model_encoder_layers_1_self_attn_out_proj.alpha" in names
