@@ -120,23 +120,21 @@ def weight_files(folder: Path, stem: str = "diffusion_pytorch_model", variant: s
     Args:
         folder: a component folder of a model, such as `unet/`.
         stem: file name without its ending.
-        variant: as in `load_weights`.
+        variant: the part between stem and ending, such as "fp16", taken where it is there; else, and when None, the plain file or the only variant.
 
     Raises:
         UnsafeError: only pickle files are there.
-        ModelError: nothing is there, the variant is not, several variants are, a shard is missing, or the index points outside the folder.
+        ModelError: nothing is there, several variants are and none of them was asked for, a shard is missing, or the index points outside the folder.
     """
     inner = within_single_file(folder)
     if inner is not None:
         return [inner.file]
-    wanted = variant if variant is not None or _names(folder, stem, None) is not None else _only_variant(folder, stem)
-    found = _names(folder, stem, wanted)
+    found = _names(folder, stem, chosen_variant(folder, stem, variant))
     if found is None:
         pickles = sorted(p.name for p in folder.glob("*") if is_pickle_name(p.name))
         if pickles and not list(folder.glob("*.safetensors")):
             raise UnsafeError(f"{folder / pickles[0]} is a pickle file, which can run code when loaded; convert the model to safetensors first.")
-        name = stem if variant is None else f"{stem}.{variant}"
-        raise ModelError(f"No {name}.safetensors (or its .index.json) in {folder}; check the path and the variant.")
+        raise ModelError(f"No {stem}.safetensors (or its .index.json) in {folder}; check the path.")
     return _shards(found) if found.suffix == ".json" else [found]
 
 
@@ -184,11 +182,24 @@ def read_headers(folder: Path, stem: str = "diffusion_pytorch_model", variant: s
     return found
 
 
-def weight_bytes(folder: Path, stem: str = "diffusion_pytorch_model") -> int:
+def chosen_variant(folder: Path, stem: str, variant: str | None) -> str | None:
+    """The variant of a component's weights that `weight_files` takes; None for the plain ones."""
+    if any(_names(folder, stem, one) is not None for one in (variant, None)):
+        return variant if _names(folder, stem, variant) is not None else None
+    return _only_variant(folder, stem)
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a component of a model has weights of a variant."""
+    stems = ("diffusion_pytorch_model", "model")
+    return re.fullmatch(r"\w+", variant) is not None and any(_names(folder, stem, variant) is not None for stem in stems)
+
+
+def weight_bytes(folder: Path, stem: str = "diffusion_pytorch_model", variant: str | None = None) -> int:
     """What a component's weight files take, or its share of a single file."""
     if within_single_file(folder) is not None:
         return sum(map(tensor_bytes, read_headers(folder).values()))
-    return sum(path.stat().st_size for path in weight_files(folder, stem))
+    return sum(path.stat().st_size for path in weight_files(folder, stem, variant))
 
 
 def tensor_bytes(entry: Mapping[str, Any]) -> int:
@@ -318,7 +329,7 @@ def _only_variant(folder: Path, stem: str) -> str | None:
     matches = [match for p in folder.glob(f"{stem}.*") for pattern in patterns if (match := re.fullmatch(pattern, p.name))]
     variants = sorted({match.group(1) for match in matches})
     if len(variants) > 1:
-        raise ModelError(f"{folder} holds only variants of its weights ({', '.join(variants)}); keep one of them.")
+        raise ModelError(f"{folder} holds only variants of its weights ({', '.join(variants)}); choose with --variant, or keep one of them.")
     return variants[0] if variants else None
 
 

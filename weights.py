@@ -40,7 +40,7 @@ def load_weights(
         stem: file name without its ending; transformers' folders use "model".
         dtype: of floating-point tensors; as stored when None. Integer tensors keep theirs.
         device: where the tensors go.
-        variant: the part between stem and ending, such as "fp16"; when None, the plain file or else the only variant there is.
+        variant: see `model_files.weight_files`.
         convert: turns the file's names and shapes into the module's, for files of another make.
 
     Returns:

@@ -75,6 +75,7 @@ class Task:
         clip: what scores candidates, where items have some.
         files: see `Studio`; on their machines too.
         size: what the model takes in memory, see `model_bytes`.
+        variant: of the model's weights, see `ModelFolder`.
     """
 
     version: str
@@ -87,6 +88,7 @@ class Task:
     clip: ScoreModel | None
     files: Mapping[str, Path]
     size: int
+    variant: str | None = None
 
 
 def make_task(
@@ -96,7 +98,7 @@ def make_task(
     path = None if folder.path == EMBEDDED else folder.path.absolute()
     scores = None if clip is None else replace(clip, folder=clip.folder.absolute())
     beside = {sha256: file.absolute() for sha256, file in files.items()}
-    return Task(__version__, path, folder.fingerprint, place, torch.get_num_threads(), gib, cluster.neighbours, scores, beside, size)
+    return Task(__version__, path, folder.fingerprint, place, torch.get_num_threads(), gib, cluster.neighbours, scores, beside, size, folder.variant)
 
 
 @contextmanager
@@ -314,7 +316,7 @@ class _Worker:
         if task.version != __version__:
             raise ModelError(f"a machine of the cluster has tu-diffuse {__version__}, and this is {task.version}; install the same there.")
         torch.set_num_threads(task.threads)
-        folder = open_folder(task.model)
+        folder = open_folder(task.model, variant=task.variant)
         if folder.fingerprint != task.fingerprint:
             raise ModelError(f"model {folder.name!r} on a machine of the cluster is not the one here; copy it to the same path on all of them.")
         if task.clip is not None:

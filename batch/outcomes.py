@@ -87,6 +87,7 @@ def shared_arguments(folder: ModelFolder, **circumstances: str) -> list[str]:
     name = folder.name if folder.commit is None else f"{folder.name}@{folder.commit}"
     model = [] if folder.path == EMBEDDED else ["--model", name]
     model += [] if within_single_file(folder.path) is None else ["--prediction-type", folder.noise.prediction_type]
+    model += [] if folder.variant is None else ["--variant", folder.variant]
     return model + [part for name, value in circumstances.items() if value not in ("auto", "none") for part in (f"--{name}", value)]
 
 

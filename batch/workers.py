@@ -44,6 +44,7 @@ class Job:
         out: folder of the pictures.
         clip: what scores candidates, where items have some.
         files: see `Studio`.
+        variant: of the model's weights, see `ModelFolder`.
     """
 
     model: Path
@@ -54,6 +55,7 @@ class Job:
     out: Path
     clip: ScoreModel | None
     files: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    variant: str | None = None
 
 
 def shares(plan: Plan, part: tuple[int, int], workers: int) -> list[Plan]:
@@ -135,7 +137,7 @@ def _work(job: Job, parent: Connection) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     keep_freed_memory()
     try:
-        folder = open_folder(job.model)
+        folder = open_folder(job.model, variant=job.variant)
         studio = Studio(folder, job.place, roomy=job.roomy, files=job.files)
         scorer = None if job.clip is None else load_scorer(job.clip, job.place.device)
         done = settle(job.plan, job.out)

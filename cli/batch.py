@@ -13,7 +13,7 @@ import typer
 
 from ..errors import DataError, UsageError
 from .batch_progress import Reporter
-from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, Offload, PredictionType, Quantize, grouped
+from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, Offload, PredictionType, Quantize, Variant, grouped
 from .picture_options import ControlOptions, EditOptions
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def batch(
     out: Annotated[Path | None, typer.Option(help="Folder of the pictures; the same command again goes on where it stopped.")] = None,
     model: Model = None,
     prediction_type: PredictionType = None,
+    variant: Variant = None,
     kind: Annotated[str | None, typer.Option(help="txt, jsonl, csv or tsv. [default: from the file's name or its first line]")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a .jsonl line, and stop.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop before loading when a line is bad; refuse words beyond the text encoders.")] = False,
@@ -167,7 +168,7 @@ def batch(
     from ..pipeline.place import choose_place
 
     file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
-    folder = open_folder(model, prediction_type)
+    folder = open_folder(model, prediction_type, variant)
     reporter = Reporter(as_json, out)
     placed = (device if devices is None else devices).split(",")
     rays = None if ray is None else context.with_resource(cluster.connected(ray, device))
@@ -230,7 +231,7 @@ def batch(
                 cluster.draw_on_cluster(rays, task, plan, done, out, which, *told)
             elif len(places) > 1:
                 dealt = zip(places, roomy, windows, shares(plan, which, len(places)), strict=True)
-                jobs = [Job(folder.path, *one, out, clip, shelf.files) for one in dealt]
+                jobs = [Job(folder.path, *one, out, clip, shelf.files, folder.variant) for one in dealt]
                 for entry in draw_in_workers(jobs, loads, reporter.step, reporter.died):
                     reporter.entry(entry)
             else:

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UsageError
 from ..pipeline.limits import RANGES
-from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, Offload, PredictionType, Quantize, grouped
+from .options import Attention, Debug, Device, DType, Embeddings, Json, Loras, Model, Offload, PredictionType, Quantize, Variant, grouped
 from .picture_options import ControlOptions, EditOptions
 
 
@@ -23,6 +23,7 @@ def generate(
     *,
     model: Model = None,
     prediction_type: PredictionType = None,
+    variant: Variant = None,
     out: Annotated[Path | None, typer.Option(help="File (.png, .jpg, .webp) or folder. [default: the current folder]")] = None,
     seed: Annotated[int | None, typer.Option(help="0..4294967295. [default: random, recorded in the picture]")] = None,
     count: Annotated[int, typer.Option(help="Pictures of each prompt, with the seeds SEED, SEED+1, ...")] = 1,
@@ -108,7 +109,7 @@ def generate(
     from ..pipeline.text_to_image import Progress, text_to_image
     from .progress import Reporter
 
-    folder = open_folder(model, prediction_type)
+    folder = open_folder(model, prediction_type, variant)
     shelf = Shelf(folder)
     loras, embeddings = [shelf.lora(text) for text in lora or []], [shelf.embedding(text) for text in embedding or []]
     requests = [

@@ -60,7 +60,7 @@ def info(
             print(line)
 
 
-def facts_of(path: Path | None, prediction_type: str | None) -> dict[str, Any]:
+def facts_of(path: Path | None, prediction_type: str | None, variant: str | None = None) -> dict[str, Any]:
     """What a model is, or a LoRA file, or a folder of one network."""
     from ..pipeline.describe import describe, describe_weights, is_weights_alone
     from ..pipeline.folder import open_folder
@@ -68,8 +68,10 @@ def facts_of(path: Path | None, prediction_type: str | None) -> dict[str, Any]:
     if path is not None and is_weights_alone(path):
         if prediction_type is not None:
             raise UsageError(f"--prediction-type is for single-file checkpoints, and {path.name!r} is none; leave it out.")
+        if variant is not None:
+            raise UsageError(f"--variant is for model folders, and {path.name!r} is none; leave it out.")
         return describe_weights(path)
-    return describe(open_folder(path, prediction_type))
+    return describe(open_folder(path, prediction_type, variant))
 
 
 def lines_of(facts: Mapping[str, Any], indent: str = "") -> list[str]:

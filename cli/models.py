@@ -11,7 +11,7 @@ import typer
 from ..errors import UsageError
 from .info import facts_of, lines_of
 from .opening import open_unpacked
-from .options import EXIT_CODES, Debug, Json, Loras, PredictionType
+from .options import EXIT_CODES, Debug, Json, Loras, PredictionType, Variant
 
 if TYPE_CHECKING:
     from ..pipeline.hub.models import HubName
@@ -115,7 +115,9 @@ def list_models(
 
 
 @app.command(epilog=EXIT_CODES)
-def info(model: AnyModel = None, prediction_type: PredictionType = None, as_json: Json = False, debug: Debug = False) -> None:
+def info(
+    model: AnyModel = None, prediction_type: PredictionType = None, variant: Variant = None, as_json: Json = False, debug: Debug = False
+) -> None:
     """Show what a model is: family, licence, parts, parameters, experts with their noise levels, size, hash. No weights are loaded.
 
     A LoRA file, or a folder of one network such as a T5 encoder, is described too.
@@ -132,7 +134,7 @@ def info(model: AnyModel = None, prediction_type: PredictionType = None, as_json
     del debug  # read in main.py
     from ..pipeline.hub.found import found
 
-    facts = facts_of(None if model is None else found(model, fetch=False), prediction_type)
+    facts = facts_of(None if model is None else found(model, fetch=False), prediction_type, variant)
     if as_json:
         print(json.dumps(facts))
     else:
@@ -228,6 +230,7 @@ def convert(
     ema: Annotated[bool, typer.Option("--ema", help="Take a single file's averaged U-Net (model_ema.) instead of the other.")] = False,
     lora: Loras = None,
     prediction_type: PredictionType = None,
+    variant: Variant = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -254,7 +257,7 @@ def convert(
     from ..pipeline.describe import describe
     from ..pipeline.folder import open_folder
 
-    folder = open_folder(model, prediction_type)
+    folder = open_folder(model, prediction_type, variant)
     shelf = Shelf(folder)
     adapters = shelf.adapters(tuple(shelf.lora(text) for text in lora or []))
     for said in shelf.partial:

@@ -29,6 +29,10 @@ PredictionType = Annotated[
     str | None,
     typer.Option("--prediction-type", help="What a single file's U-Net predicts: epsilon or v. [default: what the file says, else epsilon]"),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", metavar="NAME", help="Of a model folder, take these weights where a part has them, as in fp16. [default: plain ones]"),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps; auto takes the fastest there is.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU and float16 elsewhere.")]
 Attention = Annotated[str, typer.Option("--attention", help="Attention kernel: auto, flash, efficient, cudnn or math. See tu-diffuse doctor.")]

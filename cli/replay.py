@@ -71,7 +71,8 @@ def replay(
     places = [*(input or []), picture.absolute().parent]
     recorded = made_with(settings)
     named = model_of(model, recorded)
-    folder = open_folder(named, recorded.get("prediction_type") if named is not None and named.is_file() else None)
+    file = named is not None and named.is_file()
+    folder = open_folder(named, recorded.get("prediction_type") if file else None, None if file else recorded.get("variant"))
     request, index = request_of(folder, settings)
     check_size(picture, request)
     if folder.fingerprint != recorded["hash"]:

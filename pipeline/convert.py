@@ -117,10 +117,10 @@ Read = Callable[[str], dict[str, Tensor]]
 
 def _read(model: ModelFolder, adapters: Adapters, average: Mapping[str, Tensor] | None, name: str) -> dict[str, Tensor]:
     if name in ("unet", *(entry.subfolder for entry in model.experts)):
-        stored = {key: one.tensor for key, one in read_expert(model.path / name).items()} if average is None else average
+        stored = {key: one.tensor for key, one in read_expert(model.path / name, model.variant).items()} if average is None else average
         return baked(adapters, "unet", stored, [entry.name for entry in model.experts if entry.subfolder == name])
     readers = [entry.name for entry in model.experts if entry.text is None or name in entry.text.parts.values()]
-    return baked(adapters, name, read_weights(model.path / name, _stem(name)), readers)
+    return baked(adapters, name, read_weights(model.path / name, _stem(name), model.variant), readers)
 
 
 def _average(model: ModelFolder) -> dict[str, Tensor]:

@@ -31,14 +31,15 @@ def describe(folder: ModelFolder) -> dict[str, Any]:
         ModelError: a weight file is missing or not valid.
     """
     parts: list[dict[str, Any]] = [
-        {"name": name, "class": kind} | _weights(folder.path / name, "model" if name.startswith("text_encoder") else "diffusion_pytorch_model")
+        {"name": name, "class": kind}
+        | _weights(folder.path / name, "model" if name.startswith("text_encoder") else "diffusion_pytorch_model", folder.variant)
         for name, kind in folder.parts.items()
         if name in ("vae", "conditioner") or name.startswith("text_encoder")
     ]
     experts: list[dict[str, Any]] = [
         {"name": e.name, "folder": e.subfolder, "sigma_min": e.sigma_min, "sigma_max": _finite(e.sigma_max), "guidance": e.guidance}
-        | _weights(chain(folder.path / e.subfolder)[-1], "diffusion_pytorch_model")
-        | {"megabytes": round(_own_bytes(folder.path / e.subfolder) / 1e6, 1)}
+        | _weights(chain(folder.path / e.subfolder)[-1], "diffusion_pytorch_model", folder.variant)
+        | {"megabytes": round(_own_bytes(folder.path / e.subfolder, folder.variant) / 1e6, 1)}
         for e in folder.experts
     ]
     defaults = folder.defaults
@@ -136,7 +137,7 @@ def _expert(folder: ModelFolder, entry: ExpertEntry) -> dict[str, Any]:
     own, *bases = chain(folder.path / entry.subfolder)
     present = [kind for kind, name in (("delta", TENSORS), ("lora", LORA)) if (own / name).exists()]
     whole = bases[-1] if bases else own
-    sizes = {name: tensor_bytes(tensor) for name, tensor in read_headers(whole).items()}
+    sizes = {name: tensor_bytes(tensor) for name, tensor in read_headers(whole, variant=folder.variant).items()}
     changed = _changed(own) if bases else set(sizes)
     noise, low, high = folder.noise, entry.sigma_min, entry.sigma_max
     return {
@@ -154,7 +155,7 @@ def _expert(folder: ModelFolder, entry: ExpertEntry) -> dict[str, Any]:
         "log_snr_max": None if low == 0 else -2 * math.log(low),
         "tensors": len(sizes),
         "shared_tensors": len(sizes.keys() - changed),
-        "bytes": _own_bytes(own),
+        "bytes": _own_bytes(own, folder.variant),
         "shared_bytes": sum(size for name, size in sizes.items() if name not in changed),
     }
 
@@ -169,13 +170,13 @@ def _finite(sigma: float) -> float | None:
     return None if math.isinf(sigma) else sigma
 
 
-def _own_bytes(folder: Path) -> int:
+def _own_bytes(folder: Path, variant: str | None) -> int:
     """What an expert's own files take, or its share of a single file."""
-    return weight_bytes(folder) if within_single_file(folder) is not None else sum(path.stat().st_size for path in own_files(folder))
+    return weight_bytes(folder) if within_single_file(folder) is not None else sum(path.stat().st_size for path in own_files(folder, variant))
 
 
-def _weights(folder: Path, stem: str) -> dict[str, Any]:
-    return _parameters(read_headers(folder, stem).values()) | {"megabytes": round(weight_bytes(folder, stem) / 1e6, 1)}
+def _weights(folder: Path, stem: str, variant: str | None = None) -> dict[str, Any]:
+    return _parameters(read_headers(folder, stem, variant).values()) | {"megabytes": round(weight_bytes(folder, stem, variant) / 1e6, 1)}
 
 
 def _parameters(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import ModelError, UnsafeError, UsageError
-from ..model_files import is_pickle_name, read_json, single_file_layout, weight_bytes, within_single_file
+from ..model_files import has_variant, is_pickle_name, read_json, single_file_layout, weight_bytes, within_single_file
 from ..schedulers.noise import NoiseSchedule
 from ..single_file import SUFFIX
 from ..single_file.documents import documents
@@ -56,6 +56,7 @@ class ModelFolder:
         factor: pixels to a latent position; width and height are multiples of it.
         noise: the training schedule.
         defaults: what the maker recommends, or what its family is known for.
+        variant: such as "fp16": the weights that are loaded where a part has them; None takes the plain ones, or else the only ones there are.
         zero_negative: the unconditional side of an absent negative prompt is zeros (SDXL base), not the empty prompt.
     """
 
@@ -71,6 +72,7 @@ class ModelFolder:
     noise: NoiseSchedule
     defaults: Defaults
     zero_negative: bool
+    variant: str | None = None
 
     @property
     def families(self) -> set[str]:
@@ -89,20 +91,23 @@ class ModelFolder:
         return seen == 2 * told + 1
 
 
-def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelFolder:
+def open_folder(path: Path | None, prediction_type: str | None = None, variant: str | None = None) -> ModelFolder:
     """Read and check a model folder or single-file checkpoint; None is the embedded model.
 
     Args:
         path: a folder, a `.safetensors` file, or a `ModelFolder.path`; or a name of the hub, owner/name (see `hub.found`).
         prediction_type: of a single file, "epsilon" or "v"; None is what the file says, epsilon where it says nothing. A folder has its own.
+        variant: of a folder, see `ModelFolder`.
 
     Raises:
-        UsageError: there is no such folder or file, or a prediction type that is not known or for a folder.
+        UsageError: there is no such folder or file, a prediction type that is not known or for a folder, or a variant that no part has.
         UnsafeError: it brings code along, names a class that is not allowed, or its weights are pickles.
         ModelError: a file is missing or not valid.
     """
-    folder = EMBEDDED if path is None else found(path)
+    folder = EMBEDDED if path is None else found(path, variant=variant)
     if folder.is_file() or within_single_file(folder) is not None:
+        if variant is not None:
+            raise UsageError(f"--variant is for model folders, and {folder.name!r} is a single file; leave it out.")
         return _open_single_file(folder, prediction_type)
     if prediction_type is not None:
         raise UsageError("--prediction-type is for single-file checkpoints; a model folder says in scheduler/scheduler_config.json what it predicts.")
@@ -120,6 +125,8 @@ def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelF
     weights = [base.relative_to(folder).as_posix() for bases in chains.values() for base in bases]
     folders = [*dict.fromkeys([*parts, *weights])]
     refuse_code(folder, index, folders)
+    if variant is not None and not any(has_variant(folder / name, variant) for name in folders):
+        raise UsageError(f"no part of {folder.name!r} has weights of the variant {variant!r:.100}; name another, or fetch them with models pull.")
     configs = {name: read_json(folder / name / _config_name(name)) for name in parts if not name.startswith("tokenizer")}
     configs |= {name: read_json(bases[-1] / "config.json") for name, bases in chains.items()}
     channels = configs["unet"].get("in_channels", 4)
@@ -134,7 +141,8 @@ def open_folder(path: Path | None, prediction_type: str | None = None) -> ModelF
         path=folder,
         name=folder.resolve().name if origin is None else origin.repo,
         commit=None if origin is None else origin.revision,
-        fingerprint=fingerprint(folder, folders),
+        fingerprint=fingerprint(folder, folders, variant),
+        variant=variant,
         family=family,
         parts=MappingProxyType(parts),
         configs=MappingProxyType(configs),
@@ -189,7 +197,7 @@ def expert_bytes(folder: ModelFolder) -> int:
     if within_single_file(folder.path) is not None:
         return weight_bytes(folder.path / "unet")
     folders = {base for entry in folder.experts for base in chain(folder.path / entry.subfolder)}
-    return sum(path.stat().st_size for base in folders for path in own_files(base))
+    return sum(path.stat().st_size for base in folders for path in own_files(base, folder.variant))
 
 
 def _checked_parts(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:

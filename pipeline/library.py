@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..errors import ModelError, UsageError, first_line, out_of_memory
-from ..model_files import read_headers, read_json, weight_files
+from ..model_files import chosen_variant, read_headers, read_json, weight_files
 from ..unet.deltas import chain, check_hashes, expert_sha256, read_expert
 from ..unet.denoiser import Residuals
 from ..unet.experts import ExpertEntry
@@ -159,10 +159,11 @@ def library_expert(
         ModelError: diffusers does not take it, or its weights are not the ones that a hash names.
     """
     folders = chain(folder.path / entry.subfolder)
-    check_hashes(folders, entry.sha256, expert_sha256)
-    unet = _load(UNet2DConditionModel, folders[-1], dtype, refusal)
+    check_hashes(folders, entry.sha256, lambda path: expert_sha256(path, folder.variant))
+    unet = _load(UNet2DConditionModel, folders[-1], dtype, refusal, folder.variant)
     if len(folders) > 1:
-        unet.load_state_dict({name: placed(name, stored.tensor, stored.origin, dtype, "cpu") for name, stored in read_expert(folders[0]).items()})
+        tensors = read_expert(folders[0], folder.variant)
+        unet.load_state_dict({name: placed(name, stored.tensor, stored.origin, dtype, "cpu") for name, stored in tensors.items()})
     return LibraryDenoiser(quantized(unet.to(device), quantize), folder.noise.prediction_type, folder.noise.timestep_at)
 
 
@@ -192,11 +193,12 @@ def library_vae(folder: ModelFolder, dtype: torch.dtype, device: torch.device, r
     scale = folder.configs["vae"].get("scaling_factor", 1.0)
     if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
         raise refusal
-    return LibraryVAE(_load(_VAES[folder.parts["vae"]], folder.path / "vae", dtype, refusal), folder.factor).to(device)
+    return LibraryVAE(_load(_VAES[folder.parts["vae"]], folder.path / "vae", dtype, refusal, folder.variant), folder.factor).to(device)
 
 
-def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> Any:
-    weight_files(folder)  # refuses pickles and file names that lead outside, before the library looks
+def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError, variant: str | None = None) -> Any:
+    chosen = chosen_variant(folder, "diffusion_pytorch_model", variant)
+    weight_files(folder, variant=chosen)  # refuses pickles and file names that lead outside, before the library looks
     config = read_json(folder / "config.json")
     layers, depths = (_numbers(config.get(name, 1)) for name in ("layers_per_block", "transformer_layers_per_block"))
     if "quantization_config" in config:
@@ -204,7 +206,9 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype, refusal: ModelError) -> A
     if not is_modest(config) or sum(layers) * max(depths, default=1) > MAX_LAYERS:
         raise refusal
     try:
-        network, told = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        network, told = kind.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=chosen
+        )
     except Exception as error:  # the library raises many kinds
         if out_of_memory(error):
             raise

@@ -130,7 +130,7 @@ def load_codec(folder: ModelFolder, place: Place) -> tuple[LatentCodec, tuple[st
 
         return LatentCodec(library_vae(folder, place.dtype, place.device, refusal)), ("vae-by-diffusers",)
     tile_rows = TILE_ROWS if isinstance(vae, Autoencoder) else None
-    return LatentCodec(filled(vae, folder.path / "vae", place, convert=modernise_keys, whole=True), tile_rows), ()
+    return LatentCodec(filled(vae, folder.path / "vae", place, convert=modernise_keys, variant=folder.variant, whole=True), tile_rows), ()
 
 
 def load_experts(folder: ModelFolder, place: Place, keep: Keep | None = None) -> tuple[ExpertPool, tuple[str, ...]]:
@@ -156,5 +156,5 @@ def load_experts(folder: ModelFolder, place: Place, keep: Keep | None = None) ->
         known = identities(folder.path, folder.experts)
         return ExpertPool(folder.experts, loaders, keep, known), ("unet-by-diffusers",)  # pyright: ignore[reportArgumentType]
     finish: Finish | None = None if place.quantize == "none" else lambda unet, stored: quantized(unet, place.quantize, stored)
-    backend, offload = place.attention, place.offload
-    return expert_pool(folder.path, folder.experts, prediction, timestep_at, dtype, device, backend, keep=keep, finish=finish, offload=offload), ()
+    where = (prediction, timestep_at, dtype, device, place.attention, folder.variant)
+    return expert_pool(folder.path, folder.experts, *where, keep=keep, finish=finish, offload=place.offload), ()

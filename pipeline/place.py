@@ -70,13 +70,14 @@ def filled(
     stem: str = "diffusion_pytorch_model",
     convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
     *,
+    variant: str | None = None,
     whole: bool = False,
 ) -> N:
     """The network with the weights of its folder, where they belong; arguments and errors as of `weights.load_weights` and `offload.offloaded`.
 
     Of those that compute as a whole, the linear layers are not quantized.
     """
-    read = read_weights(folder, stem)
+    read = read_weights(folder, stem, variant)
     state = read if convert is None else convert(read)
     if place.offload:
         return offloaded(network, state, folder, place.device, place.dtype, whole=whole)

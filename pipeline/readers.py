@@ -73,7 +73,7 @@ def load_text(
             projection = folder.parts[name] == "CLIPTextModelWithProjection"
             tower = without_storage(lambda: CLIPText(config, projection, backend))
             tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
-            known[name] = ClipPart(tokenizer, filled(tower, folder.path / name, place, "model", clip_state_dict))
+            known[name] = ClipPart(tokenizer, filled(tower, folder.path / name, place, "model", clip_state_dict, variant=folder.variant))
         return known[name]
 
     def t5(part: str, masked: bool) -> T5Part:
@@ -81,7 +81,7 @@ def load_text(
         config = T5Config.from_dict(folder.configs[name])
         encoder = without_storage(lambda: T5Encoder(config, backend))
         tokenizer = load_tokenizer(folder.path / component(part.replace("text_encoder", "tokenizer")))
-        return T5Part(tokenizer, filled(encoder, folder.path / name, place, "model", t5_state_dict), masked)
+        return T5Part(tokenizer, filled(encoder, folder.path / name, place, "model", t5_state_dict, variant=folder.variant), masked)
 
     load_t5 = partial(t5, "text_encoder_2", masked=True)
     match family:
@@ -102,13 +102,13 @@ def load_text(
 def load_conditioner(folder: ModelFolder, place: Place, name: str = "conditioner") -> Conditioner:
     """Load the join of CLIP and T5, the component `name`, without the encoders."""
     config = ConditionerConfig.from_dict(folder.configs[name])
-    return filled(without_storage(lambda: Conditioner(config, place.attention)), folder.path / name, place, whole=True)
+    return filled(without_storage(lambda: Conditioner(config, place.attention)), folder.path / name, place, variant=folder.variant, whole=True)
 
 
 def load_t5_residual(folder: ModelFolder, place: Place, name: str = "conditioner") -> T5Residual:
     """Load what adds T5 to CLIP's tokens, the component `name`, without the encoders."""
     config = T5ResidualConfig.from_dict(folder.configs[name])
-    return filled(without_storage(lambda: T5Residual(config, place.attention)), folder.path / name, place, whole=True)
+    return filled(without_storage(lambda: T5Residual(config, place.attention)), folder.path / name, place, variant=folder.variant, whole=True)
 
 
 def load_texts(folder: ModelFolder, place: Place) -> dict[str, TextParts]:

@@ -42,10 +42,10 @@ def made_with(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `model` of a picture's settings.
 
     Raises:
-        DataError: there is none, or its name or hash is no text.
+        DataError: there is none, or its name, hash or variant is no text.
     """
     match settings.get("model"):
-        case {"name": str(), "hash": str()} as recorded:
+        case {"name": str(), "hash": str()} as recorded if isinstance(recorded.get("variant", ""), str | None):
             return recorded
         case other:
             raise DataError(f"the picture's settings name the model as {other!r:.100}; they were changed after it was made.")

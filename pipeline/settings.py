@@ -48,6 +48,7 @@ def applied_settings(
             "commit": folder.commit,
             "hash": folder.fingerprint,
             "prediction_type": folder.noise.prediction_type,
+            **({} if folder.variant is None else {"variant": folder.variant}),
         },
         **asked,
         "seed": seed,

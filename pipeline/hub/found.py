@@ -6,12 +6,13 @@ from ...errors import UsageError
 from .models import cached, hub_name
 
 
-def found(path: Path, *, fetch: bool = True) -> Path:
+def found(path: Path, *, fetch: bool = True, variant: str | None = None) -> Path:
     """What a person named: a file or folder that is there as it is, else a hub's model from the cache, or from the hub.
 
     Args:
         path: as it was given.
         fetch: whether a model that is not in the cache is fetched.
+        variant: of its weights then, see `choice.choose`.
 
     Returns:
         A path in the cache, or `path` itself, whether it is there or not.
@@ -32,4 +33,4 @@ def found(path: Path, *, fetch: bool = True) -> Path:
         raise UsageError(f"{str(name)!r} is not there, though {path.parts[0]}/ is; correct the path, or fetch it from the hub: models pull {name}.")
     from .pull import pull  # costs half a second of imports
 
-    return pull(name)
+    return pull(name, variant)

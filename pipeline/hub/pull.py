@@ -76,9 +76,9 @@ class Pull:
     missing: tuple[HubFile, ...]
 
 
-def pull(name: HubName) -> Path:
+def pull(name: HubName, variant: str | None = None) -> Path:
     """Fetch a model, and say so on standard error; see `plan_pull` and `fetch`."""
-    return fetch(plan_pull(name), announce)
+    return fetch(plan_pull(name, variant), announce)
 
 
 def announce(work: Pull, file: HubFile | None) -> None:

@@ -182,6 +182,18 @@ def test_other_variants_in_the_cache_do_not_change_a_model(hub: Hub, sd1_folder:
     assert said("models", "info", "me/sd") == [before]
 
 
+def test_a_variant_that_is_asked_for_is_what_is_fetched(hub: Hub, sd1_folder: Path, tmp_path: Path, said: Said):
+    files = files_below(sd1_folder)
+    half = {name.replace(".safetensors", ".fp16.safetensors"): data for name, data in files.items() if name.endswith(".safetensors")}
+    hub.push("me/sd", files | half)
+    arguments = ["generate", "a cat", "--model", "me/sd", "--steps", 2]
+    [drawn] = said(*arguments, "--variant", "fp16", "--out", tmp_path / "a.png")
+    weights = {path.name for path in open_folder(Path("me/sd")).path.rglob("*.safetensors")}
+    assert weights == {"model.fp16.safetensors", "diffusion_pytorch_model.fp16.safetensors"}
+    assert said("replay", drawn["path"])[0]["equal"]
+    said(*arguments, "--variant", "bf16", code=2)
+
+
 def test_contents_that_repositories_share(hub: Hub, sd1_folder: Path, tmp_path: Path, said: Said):
     """huggingface_hub keeps what came through Xet once for all repositories: `blobs` of a repository are links then."""
     hub.push("me/sd", files_below(sd1_folder))
