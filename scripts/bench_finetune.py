@@ -35,8 +35,7 @@ from tu_diffuse.training.subject import load_subject, predictor
 
 sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 CPU = torch.device("cpu")
 

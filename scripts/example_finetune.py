@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--training", default=TRAINING, help="options of `tu-diffuse finetune`")
     options = parser.parse_args()
     shards, encoded, run = (options.out / name for name in ("shards", "encoded", "run"))
-    program = [sys.executable, str(Path(__file__).parent / "embedded" / "shards.py")]
+    program = [sys.executable, str(Path(__file__).parent / "embedded" / "write_shards.py")]
     subprocess.run([*program, *["--stage", "flag", "--count", "1000", "--seed", "5", "--encode-format", "png", "--out"], str(shards)], check=True)
     started = time.monotonic()
     command = [sys.executable, "-m", "tu_diffuse"]

@@ -18,7 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tiny_models import randomised, t5_tokenizer, write_json
+from tiny_models import NOISE, noise_predicting, randomised, t5_tokenizer, write_json
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -30,7 +30,6 @@ from transformers import (
 )
 from tu_diffuse.text_encoders.clip_vocabulary import clip_merges, clip_words
 
-NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
 SIDE = 32  # pixels, 16 latents
 _CROSS, _PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 
@@ -90,30 +89,9 @@ def _unet(widths: tuple[int, ...], attention: tuple[bool, ...], seed: int, epsil
 
 @torch.no_grad()
 def calm(unet: UNet2DConditionModel, epsilon: bool) -> UNet2DConditionModel:
-    """Make a random network's output of about the size of a trained one's: mostly the noise in its input for epsilon, small for v.
-
-    Channels 2c and 2c + 1 carry +x_c and −x_c from `conv_in` over the last skip to `conv_out`, where silu(a) − silu(−a) = a.
-    Everything else that the network computes is added at a tenth.
-    """
+    """Make a random network's output of about the size of a trained one's: mostly the noise in its input for epsilon, small for v."""
     unet.conv_out.weight *= 0.3
-    if not epsilon:
-        return unet
-    latents = unet.config["out_channels"]
-    signs = torch.eye(latents).repeat_interleave(2, dim=0) * torch.tensor([1.0, -1.0]).repeat(latents)[:, None]  # (2·latents, latents)
-    carried = slice(0, 2 * latents)
-    unet.conv_in.weight[carried], unet.conv_in.bias[carried] = 0, 0
-    unet.conv_in.weight[carried, :latents, 1, 1] = signs
-    last, width = unet.up_blocks[-1].resnets[-1], unet.conv_in.out_channels
-    last.conv_shortcut.weight[carried], last.conv_shortcut.bias[carried] = 0, 0
-    last.conv_shortcut.weight[carried, width : width + 2 * latents, 0, 0] = torch.eye(2 * latents)
-    attentions = [unet.up_blocks[-1].attentions[-1].proj_out] if hasattr(unet.up_blocks[-1], "attentions") else []
-    for layer in (last.conv2, *attentions, unet.conv_out):
-        layer.weight *= 0.1
-        layer.bias *= 0.1
-    unet.conv_norm_out.weight[carried], unet.conv_norm_out.bias[carried] = 1, 0
-    unet.conv_out.weight[:, carried] = 0
-    unet.conv_out.weight[:, carried, 1, 1] = signs.T
-    return unet
+    return noise_predicting(unet) if epsilon else unet
 
 
 def sd1(folder: Path, prediction: str = "epsilon", channels: int = 4) -> Path:

@@ -27,7 +27,7 @@ CLIP_PAIR: dict[str, Any] = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
-_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
+NOISE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "steps_offset": 1}
 _VAE: dict[str, Any] = {
     "block_out_channels": (8, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -99,7 +99,8 @@ def noise_predicting(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     last, width = unet.up_blocks[-1].resnets[-1], unet.conv_in.out_channels
     last.conv_shortcut.weight[carried], last.conv_shortcut.bias[carried] = 0, 0
     last.conv_shortcut.weight[carried, width : width + 2 * latents, 0, 0] = torch.eye(2 * latents)
-    for layer in (last.conv2, unet.up_blocks[-1].attentions[-1].proj_out, unet.conv_out):
+    attentions = [unet.up_blocks[-1].attentions[-1].proj_out] if hasattr(unet.up_blocks[-1], "attentions") else []
+    for layer in (last.conv2, *attentions, unet.conv_out):
         layer.weight *= 0.1
         layer.bias *= 0.1
     unet.conv_norm_out.weight[carried], unet.conv_norm_out.bias[carried] = 1, 0
@@ -126,7 +127,7 @@ def sd_folder(folder: Path, prediction_type: str = "epsilon", shown: int = 0) ->
         text_encoder=randomised(CLIPTextModel(clip_config(16, "gelu" if second else "quick_gelu")), 2),
         tokenizer=clip_tokenizer(folder.with_name(folder.name + "-tokenizer")),
         unet=unet if second else noise_predicting(unet),
-        scheduler=EulerDiscreteScheduler(**_SCHEDULER, prediction_type=prediction_type),
+        scheduler=EulerDiscreteScheduler(**NOISE, prediction_type=prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -158,7 +159,7 @@ def sdxl_folder(folder: Path) -> Path:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=noise_predicting(randomised(unet, 3)),
-        scheduler=EulerDiscreteScheduler(**_SCHEDULER, timestep_spacing="leading"),
+        scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
     ).save_pretrained(folder)
     return folder
 
@@ -181,7 +182,7 @@ def refiner_folder(folder: Path) -> Path:
         tokenizer=None,
         tokenizer_2=clip_tokenizer(folder.with_name(folder.name + "-tokenizer")),
         unet=noise_predicting(randomised(unet, 8)),
-        scheduler=EulerDiscreteScheduler(**_SCHEDULER, timestep_spacing="leading"),
+        scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,
     ).save_pretrained(folder)
@@ -223,7 +224,7 @@ def ensemble_folder(folder: Path) -> Path:
         scaling_factor=1.0,
     )
     randomised(vae, 1).save_pretrained(folder / "vae")
-    EulerDiscreteScheduler(**_SCHEDULER, prediction_type="v_prediction", timestep_spacing="trailing").save_pretrained(folder / "scheduler")
+    EulerDiscreteScheduler(**NOISE, prediction_type="v_prediction", timestep_spacing="trailing").save_pretrained(folder / "scheduler")
     config = ConditionerConfig(clip_width=16, clip_pooled_width=16, t5_width=16, width=width, pooled_width=pooled)
     (folder / "conditioner").mkdir()
     (folder / "conditioner" / "config.json").write_text(json.dumps(config.to_dict()))

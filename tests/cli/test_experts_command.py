@@ -16,8 +16,7 @@ from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.training.boundary import Suggestion
 from tu_diffuse.training.forking import put_weights
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 Call = Callable[..., dict[str, Any]]
 COMMANDS = ("show", "fork", "compose", "merge", "drop", "suggest-boundary")

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from tu_diffuse.cli.main import run
 from tu_diffuse.training.checkpoints import load_newest
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 COMMON = ["--batch-size", "4", "--resolution", "32", "--lr", "1e-3", "--save-every", "2", "--threads", "1", "--device", "cpu"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -2,23 +2,16 @@
 
 import json
 import shutil
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import Model, load_model
-from tu_diffuse.pipeline.resolve import resolve
-from tu_diffuse.pipeline.text_to_image import text_to_image
-from tu_diffuse.vae.codec import LatentCodec
+from parity import PROMPT, TOLERANCE, latents, theirs
+from tiny_models import NOISE
 
-TOLERANCE = 1e-4
-PROMPT, NEGATIVE = "a red apple", "grey"
-COMMON: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+NEGATIVE = "grey"
 
 
 @dataclass(frozen=True)
@@ -47,45 +40,12 @@ CASES = [
 ]
 
 
-@cache
-def _ours(folder: Path) -> Model:
-    return load_model(open_folder(folder), dtype="float32", device="cpu")
-
-
-@cache
-def _theirs(folder: Path) -> Any:
-    import diffusers
-
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-class _Listening(LatentCodec):
-    """A codec that remembers the latents it was given."""
-
-    def __init__(self, codec: LatentCodec, heard: list[Tensor]) -> None:
-        self.__dict__.update(codec.__dict__)
-        self.heard = heard
-
-    def decode(self, latents: Tensor) -> Any:
-        self.heard.append(latents)
-        return super().decode(latents)
-
-
-def _latents(folder: Path, **asked: Any) -> Tensor:
-    model, heard = _ours(folder), list[Tensor]()
-    listening = replace(model, codec=_Listening(model.codec, heard))
-    list(text_to_image(listening, resolve(model.folder, PROMPT, **asked)))
-    return torch.cat(heard)
-
-
 def _compare(folder: Path, case: Case, negative: str, guidance: float) -> None:
     import diffusers
 
-    pipeline = _theirs(folder)
+    pipeline = theirs(folder)
     prediction = pipeline.scheduler.config.prediction_type
-    pipeline.scheduler = getattr(diffusers, case.scheduler)(**COMMON, **dict(case.options), prediction_type=prediction)
+    pipeline.scheduler = getattr(diffusers, case.scheduler)(**NOISE, **dict(case.options), prediction_type=prediction)
     wanted = pipeline(
         PROMPT,
         negative_prompt=negative if negative else None,
@@ -95,7 +55,7 @@ def _compare(folder: Path, case: Case, negative: str, guidance: float) -> None:
         output_type="latent",
         **({} if case.eta is None else {"eta": case.eta}),
     ).images
-    got = _latents(
+    got = latents(
         folder, seeds=[11], negative=negative, steps=case.steps, guidance=guidance, sampler=case.sampler, schedule=case.schedule, eta=case.eta
     )
     assert wanted.std() > 0.05
@@ -134,13 +94,13 @@ def test_a_folder_runs_on_its_own_scheduler_file(
     import diffusers
 
     folder = shutil.copytree(request.getfixturevalue(fixture), tmp_path / "model")
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler, **COMMON, **settings}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler, **NOISE, **settings}))
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", scheduler]}))
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     wanted = pipeline(PROMPT, num_inference_steps=8, guidance_scale=4.0, generator=torch.Generator().manual_seed(11), output_type="latent").images
-    got = _latents(folder, seeds=[11], steps=8, guidance=4.0)
+    got = latents(folder, seeds=[11], steps=8, guidance=4.0)
     assert wanted.std() > 0.05
     assert (got - wanted).abs().max() <= TOLERANCE
 
@@ -148,6 +108,6 @@ def test_a_folder_runs_on_its_own_scheduler_file(
 def test_settings_change_the_latents(sd1_folder: Path):
     """So that the comparisons above cannot pass with the prompt, seed, guidance or size left out."""
     asked: dict[str, Any] = {"seeds": [11], "steps": 3, "sampler": "euler", "guidance": 4.0}
-    base = _latents(sd1_folder, **asked)
+    base = latents(sd1_folder, **asked)
     for change in ({"seeds": [12]}, {"negative": "grey"}, {"guidance": 2.0}, {"guidance_rescale": 0.7}, {"apg": True}, {"dynamic_threshold": 0.9}):
-        assert (_latents(sd1_folder, **(asked | change)) - base).abs().max() > 1e-2, change
+        assert (latents(sd1_folder, **(asked | change)) - base).abs().max() > 1e-2, change

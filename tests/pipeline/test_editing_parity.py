@@ -1,24 +1,15 @@
 """The same picture, mask, seed and sampler give the latents of diffusers' own img2img and inpainting pipelines."""
 
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from parity import PROMPT, TOLERANCE, latents, theirs
 from PIL import Image
-from torch import Tensor
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import Model, load_model
-from tu_diffuse.pipeline.resolve import resolve
-from tu_diffuse.pipeline.text_to_image import text_to_image
-from tu_diffuse.vae.codec import LatentCodec
+from tiny_models import NOISE
 
-TOLERANCE = 1e-4
-PROMPT = "a red apple"
-COMMON: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SAMPLERS = [
     ("euler", "EulerDiscreteScheduler", "leading", {"timestep_spacing": "leading"}, 1.0),
     ("euler_a", "EulerAncestralDiscreteScheduler", "linspace", {}, 0.8),
@@ -29,38 +20,6 @@ SAMPLERS = [
 ]
 """Name, diffusers' class, spacing, its options, and the strength it is tried with."""
 STOCHASTIC = ("euler_a",)
-
-
-@cache
-def _ours(folder: Path) -> Model:
-    return load_model(open_folder(folder), dtype="float32", device="cpu")
-
-
-@cache
-def _theirs(folder: Path, kind: str) -> Any:
-    import diffusers
-
-    pipeline = getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-class _Listening(LatentCodec):
-    """A codec that remembers the latents it was given to decode."""
-
-    def __init__(self, codec: LatentCodec, heard: list[Tensor]) -> None:
-        self.__dict__.update(codec.__dict__)
-        self.heard = heard
-
-    def decode(self, latents: Tensor) -> Any:
-        self.heard.append(latents)
-        return super().decode(latents)
-
-
-def _latents(folder: Path, **asked: Any) -> Tensor:
-    model, heard = _ours(folder), list[Tensor]()
-    list(text_to_image(replace(model, codec=_Listening(model.codec, heard)), resolve(model.folder, PROMPT, [11], **asked)))
-    return torch.cat(heard)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +42,8 @@ def _compare(folder: Path, kind: str, sampler: Any, strength: float, picture: Pa
     import diffusers
 
     name, scheduler, schedule, options, _ = sampler
-    pipeline = _theirs(folder, kind)
-    pipeline.scheduler = getattr(diffusers, scheduler)(**COMMON, **options, prediction_type=pipeline.scheduler.config.prediction_type)
+    pipeline = theirs(folder, kind)
+    pipeline.scheduler = getattr(diffusers, scheduler)(**NOISE, **options, prediction_type=pipeline.scheduler.config.prediction_type)
     wanted = pipeline(
         PROMPT,
         image=Image.open(picture),
@@ -96,7 +55,7 @@ def _compare(folder: Path, kind: str, sampler: Any, strength: float, picture: Pa
         **({} if mask is None else {"mask_image": Image.open(mask), "height": 32, "width": 32}),
     ).images
     asked = {"steps": 8, "guidance": 4.0, "sampler": name, "schedule": schedule, "init_image": picture, "strength": strength, "mask": mask}
-    got = _latents(folder, **asked)
+    got = latents(folder, seeds=[11], **asked)
     assert wanted.std() > 0.02
     difference = float((got - wanted).abs().max())
     print(f"{kind} {name} {strength} {difference:.1e} of {float(wanted.abs().max()):.1f}")
@@ -137,6 +96,6 @@ def test_what_is_asked_changes_the_latents(inpainting_folder: Path, sd1_folder: 
     Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 16, 0).repeat(32, 1)).save(half)
     for folder in (inpainting_folder, sd1_folder):
         asked: dict[str, Any] = {"steps": 4, "sampler": "euler", "init_image": picture, "mask": mask, "strength": 0.75}
-        base = _latents(folder, **asked)
+        base = latents(folder, seeds=[11], **asked)
         for change in ({"init_image": other}, {"mask": half}, {"strength": 0.5}):
-            assert (_latents(folder, **(asked | change)) - base).abs().max() > 10 * TOLERANCE, change
+            assert (latents(folder, seeds=[11], **(asked | change)) - base).abs().max() > 10 * TOLERANCE, change

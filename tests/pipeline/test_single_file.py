@@ -36,7 +36,7 @@ def latents(path: Path, prediction_type: str | None = None) -> Tensor:
 
 def theirs(pipeline: Any) -> Tensor:
     from diffusers import EulerDiscreteScheduler
-    from real_layouts import NOISE
+    from tiny_models import NOISE
 
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", prediction_type=pipeline.scheduler.config.prediction_type)

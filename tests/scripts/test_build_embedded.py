@@ -73,7 +73,7 @@ def test_trained_tokenizers_know_the_words_of_the_world(tmp_path: Path) -> None:
 
 def script(name: str, *arguments: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    threads = [] if name in ("shards.py", "assemble.py", "train_tokenizers.py") else ["--threads", "1"]
+    threads = [] if name in ("write_shards.py", "assemble.py", "train_tokenizers.py") else ["--threads", "1"]
     command = [sys.executable, str(SCRIPTS / name), *arguments, *threads]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -83,7 +83,7 @@ def script(name: str, *arguments: str) -> None:
 def test_every_script_runs_from_nothing_to_a_picture(tmp_path: Path) -> None:
     build = tmp_path / "build"
     text, latents, shapes = str(build / "text"), str(build / "latents"), str(build / "shards")
-    script("shards.py", "--stage", "shapes", "--count", "64", "--out", shapes, "--encode-format", "png")
+    script("write_shards.py", "--stage", "shapes", "--count", "64", "--out", shapes, "--encode-format", "png")
     script("train_vae.py", "--out", str(build / "vae"), "--checkpoints", str(tmp_path / "vae"), "--steps", "2", "--pictures", "48")
     script("train_tokenizers.py", "--out", text, "--count", "500")
     script("train_t5.py", "--text", text, "--out", str(build / "t5"), "--checkpoints", str(tmp_path / "t5"), "--steps", "2", "--batch-size", "4")

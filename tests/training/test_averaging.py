@@ -17,8 +17,7 @@ from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.training import posthoc
 from tu_diffuse.training.checkpoints import load_newest
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 STEPS, EVERY = 12, 2
 

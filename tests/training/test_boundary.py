@@ -11,8 +11,7 @@ from tu_diffuse.pipeline.folder import ModelFolder
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.boundary import FOLDS, Batch, border_gains, measure, suggest_boundary
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 BINS = 10
 

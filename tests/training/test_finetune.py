@@ -27,8 +27,7 @@ from tu_diffuse.training.result import LORA_FILE
 from tu_diffuse.training.subject import load_subject, predictor
 from tu_diffuse.training.train_config import TrainConfig
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 CPU = torch.device("cpu")
 BASE = FinetuneConfig(shards=("unused",), steps=6, batch_size=4, lr=1e-3, resolution=32, workers=0, save_every=2)

@@ -17,8 +17,7 @@ from tu_diffuse.training.config import make_config
 from tu_diffuse.training.sharding import asked_by_launcher
 from tu_diffuse.training.workers import ALONE
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 COMMON: dict[str, Any] = {"steps": 4, "batch_size": 2, "lr": 1e-3, "resolution": 32, "workers": 0, "save_every": 2, "clip_dropout": 0.1}
 FULL: dict[str, Any] = {"ema": 0.9, "ema_posthoc": 2, "accumulate": 2, "validation_share": 0.25, "validate_every": 2, "prompts": ["a star"]}

@@ -29,8 +29,7 @@ from tu_diffuse.training.config import FinetuneConfig
 from tu_diffuse.training.finetune import finetune, make_plan
 from tu_diffuse.training.text_parts import add_t5, use_clip
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 LONG = "a red apple to the left of a blue star"
 CASES: list[dict[str, Any]] = [

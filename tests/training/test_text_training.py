@@ -29,8 +29,7 @@ from tu_diffuse.training.result import LORA_FILE
 from tu_diffuse.training.subject import read_as
 from tu_diffuse.unet.deltas import read_expert
 from world import STAGES
-
-from shards import write_shard
+from write_shards import write_shard
 
 CPU = torch.device("cpu")
 BASE = FinetuneConfig(shards=("unused",), steps=3, batch_size=4, lr=2e-2, resolution=32, workers=0, caption_dropout=0.3)

@@ -5,15 +5,14 @@ import tarfile
 
 import numpy as np
 import pytest
+import write_shards
 from PIL import Image
-
-import shards
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("shards")
-    shards.main(["--stage", "shapes", "--count", "30", "--out", str(out), "--seed", "3"])
+    write_shards.main(["--stage", "shapes", "--count", "30", "--out", str(out), "--seed", "3"])
     return out
 
 
@@ -49,21 +48,21 @@ def test_samples_are_pictures_captions_and_metadata(folder):
 
 
 def test_same_seed_gives_the_same_bytes(folder, tmp_path):
-    shards.main(["--count", "30", "--out", str(tmp_path / "a"), "--seed", "3"])
-    shards.main(["--count", "30", "--out", str(tmp_path / "b"), "--seed", "4"])
+    write_shards.main(["--count", "30", "--out", str(tmp_path / "a"), "--seed", "3"])
+    write_shards.main(["--count", "30", "--out", str(tmp_path / "b"), "--seed", "4"])
     first = (folder / "00000.tar").read_bytes()
     assert (tmp_path / "a" / "00000.tar").read_bytes() == first
     assert (tmp_path / "b" / "00000.tar").read_bytes() != first
 
 
 def test_full_shards_are_followed_by_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "PER_SHARD", 4)
-    shards.main(["--count", "6", "--out", str(tmp_path), "--encode-format", "png"])
+    monkeypatch.setattr(write_shards, "PER_SHARD", 4)
+    write_shards.main(["--count", "6", "--out", str(tmp_path), "--encode-format", "png"])
     assert sorted(p.name for p in tmp_path.glob("*.tar")) == ["00000.tar", "00001.tar"]
     assert list(members(tmp_path / "00001.tar"))[::3] == ["000010000.png", "000010001.png"]
 
 
 def test_no_samples_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        shards.main(["--count", "0", "--out", str(tmp_path)])
+        write_shards.main(["--count", "0", "--out", str(tmp_path)])
     assert "--count is 0" in capsys.readouterr().err

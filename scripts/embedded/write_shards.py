@@ -1,6 +1,6 @@
 """Write LAION-style shards of the synthetic world, in the layout of img2dataset.
 
-    python scripts/embedded/shards.py --stage shapes --count 20000 --out DIR --seed 0
+    python scripts/embedded/write_shards.py --stage shapes --count 20000 --out DIR --seed 0
 
 writes DIR/00000.tar, DIR/00000_stats.json, ...: per sample <key>.jpg, <key>.txt and <key>.json, where key is the shard's number in 5 digits and the
 sample's in 4, and the JSON has img2dataset's fields beside the columns of LAION's tables (facts of img2dataset 1.x: writer.py, downloader.py).
