@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def _replay(scene: Scene) -> list[Any]:
 
 MODEL: Commands = {
     "generate": lambda s: ["generate", "a", "--model", s.model, "--out", s.out / "a.png", "--seed", "1"],
+    "generate --offload": lambda s: [*MODEL["generate"](s), "--offload"],
+    "generate --quantize": lambda s: [*MODEL["generate"](s), "--quantize", "int8"],
     "batch": lambda s: ["batch", s.prompts, "--model", s.model, "--out", s.out],
     "replay": _replay,
     "info": lambda s: ["info", s.model],
@@ -116,6 +119,8 @@ MODEL: Commands = {
         *["experts", "suggest-boundary", s.model, "--expert", "low", "--shards", s.shard, "--samples", "8", "--bins", "2"]
     ],
 }
+LOADED_OTHERWISE = ("generate --offload", *(("generate --quantize",) if find_spec("torchao") is not None else ()))
+"""What must refuse all models that `generate` refuses, in the same way."""
 SHARDS: Commands = {
     "shards check": lambda s: ["shards", "check", s.shard],
     "shards stats": lambda s: ["shards", "stats", s.shard],

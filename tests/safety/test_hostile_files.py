@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hostile_files import CONFIGS, CONTENTS, HEADERS
 from hostile_folders import WEIGHTS, Change
-from safety_scenes import EMBEDDING, LORA, MODEL, Scene, bounded, put
+from safety_scenes import EMBEDDING, LOADED_OTHERWISE, LORA, MODEL, Scene, bounded, put
 from tu_diffuse.cli.main import run
 
 
@@ -24,7 +24,7 @@ def ends(whole: Scene, folder: Path, change: Change, command: str, capsys: pytes
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_headers(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
-    for number, command in enumerate(("info", "generate")):
+    for number, command in enumerate(("info", "generate", LOADED_OTHERWISE[len(name) % len(LOADED_OTHERWISE)])):
         code, said = ends(whole, tmp_path / str(number), lambda model: put(model / "vae" / WEIGHTS, HEADERS[name]), command, capsys)
         assert code in (3, 4), said
         assert "vae" in said
@@ -52,6 +52,7 @@ def test_configs(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_contents(whole: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
-    code, said = ends(whole, tmp_path / "scene", CONTENTS[name], "generate", capsys)
-    assert code == 4, said
-    assert "." in said.split("safety", 1)[-1]
+    for number, command in enumerate(("generate", *LOADED_OTHERWISE)):
+        code, said = ends(whole, tmp_path / str(number), CONTENTS[name], command, capsys)
+        assert code == 4, f"{command}: {said}"
+        assert "." in said.split("safety", 1)[-1]

@@ -10,7 +10,7 @@ from hostile_folders import CODE, NAMED, canary_code, hub_cache
 from safety_scenes import MODEL, Scene, put
 from tu_diffuse.cli.main import run
 
-COMMANDS = ("generate", "info", "finetune", "experts show", "experts fork")
+COMMANDS = ("generate", "generate --offload", "info", "finetune", "experts show", "experts fork")
 _opened: list[str] = []
 _imported: list[str] = []
 
@@ -34,7 +34,7 @@ def test_code_is_refused_before_it_is_imported(
         put(scene.root / f"{module}.py", canary_code(scene.model))
     monkeypatch.syspath_prepend(str(scene.root))
     CODE[name](scene.model)
-    for number, command in enumerate(COMMANDS[:3] if len(name) % 2 else COMMANDS[2:]):
+    for number, command in enumerate(COMMANDS[:4] if len(name) % 2 else COMMANDS[3:]):
         _imported.clear()
         assert run([str(argument) for argument in MODEL[command](scene)]) == 3, f"{command} {number}: {capsys.readouterr().err}"
         assert not {"modeling", "pipeline", "my_scheduler", "tok", "helper"} & set(_imported)
