@@ -39,3 +39,10 @@ def test_each_field_of_a_group_is_an_option_in_its_place():
 def test_each_option_of_a_line_is_an_option_of_the_command(command: object):
     assert callable(command)
     assert set(BY_NAME) - {"prompt", "seeds"} <= set(inspect.signature(command).parameters)
+
+
+def test_each_option_of_generate_is_one_of_the_run_or_of_a_line_too():
+    of_generate = set(inspect.signature(generate).parameters) - set(BY_NAME)
+    alone = {"prompts", "out", "steps_strip", "preview"}
+    assert of_generate - alone <= set(inspect.signature(batch).parameters) - set(BY_NAME)
+    assert alone <= of_generate
