@@ -1,1 +1,1 @@
-"""."""
+"""Autoencoders between pixels and latents, and the codec over them."""
