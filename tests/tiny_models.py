@@ -140,10 +140,11 @@ def inpainting_folder(folder: Path) -> Path:
     return sd_folder(folder, shown=5)
 
 
-def sdxl_folder(folder: Path) -> Path:
-    """SDXL base in miniature: two CLIPs joined on features, size ids."""
+def sdxl_folder(folder: Path, shown: int = 0) -> Path:
+    """SDXL base in miniature: two CLIPs joined on features, size ids; with channels that show an inpainting network more."""
     unet = UNet2DConditionModel(
         **_UNET,
+        in_channels=4 + shown,
         cross_attention_dim=16 + 24,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
