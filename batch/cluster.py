@@ -129,12 +129,18 @@ def connected(address: str, device: str) -> Generator[Cluster]:
         terminate = signal.getsignal(signal.SIGTERM)
         with redirect_stdout(nowhere):  # Ray prints there when a worker dies
             try:
-                ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **started)
+                with _signals_as_raised():
+                    ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **started)
+                signal.signal(signal.SIGTERM, terminate)  # which Ray has replaced
+            except SystemExit:  # from Ray's handler of SIGTERM
+                ray.shutdown()
+                signal.signal(signal.SIGTERM, terminate)
+                signal.raise_signal(signal.SIGTERM)
+                raise
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UsageError(f"--ray {address} does not answer ({reason}); start a cluster with ray start --head, or use --ray local.") from None
             try:
-                signal.signal(signal.SIGTERM, terminate)  # which Ray has replaced
                 yield _measured([node["Resources"] for node in ray.nodes() if node["Alive"]], device)
             finally:
                 ray.shutdown()
@@ -215,7 +221,9 @@ def draw_on_cluster(
             stream: Any = ray.wait(list(busy), num_returns=1)[0][0]
         worker, piece = busy.pop(stream)
         try:
-            message: Message = _received(next(stream))
+            with _signals_as_raised():
+                reference = next(stream)
+            message: Message = _received(reference)
         except StopIteration:
             if waiting:
                 hand_out(worker)
@@ -277,7 +285,8 @@ def _received(reference: Any) -> Any:
     from ray.exceptions import RayTaskError
 
     try:
-        return ray.get(reference)
+        with _signals_as_raised():
+            return ray.get(reference)
     except RayTaskError as error:
         if isinstance(error.cause, Exception):
             raise error.cause from None

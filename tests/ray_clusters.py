@@ -17,6 +17,7 @@ from tu_diffuse.batch.cluster import Piece, _Worker
 
 OPTIONS = ("--num-cpus", "1", "--object-store-memory", str(80 * 2**20), "--disable-usage-stats", "--include-log-monitor", "false")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+QUIET |= {"PYTHONPATH": str(Path(__file__).parent)}  # workers import `Dying` from here
 _MARK = "FOLDER_OF_THE_RAY_CLUSTER"
 
 

@@ -2,17 +2,20 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
 from typing import Any
 
+import psutil
 import pytest
-from killed_runs import finish, start, told
+from killed_runs import At, finish, start, told
 from ray_clusters import Dying, drawing, ray_cluster
 from tu_diffuse.batch import cluster
 from tu_diffuse.batch.cluster import Cluster, Task, connected, draw_on_cluster, make_task, pieces
+from tu_diffuse.batch.journal import read_journal
 from tu_diffuse.batch.plan import Plan, extend
 from tu_diffuse.batch.run import there
 from tu_diffuse.cli.main import run
@@ -21,6 +24,7 @@ from tu_diffuse.pipeline.folder import ModelFolder
 from whole_folders import check_complete, digests, leftovers, summary_of
 
 PICTURES, SIZE, STEPS = 16, 2, 4
+SIGNALS = ((signal.SIGINT, 130, "interrupted; what was finished is kept."), (signal.SIGTERM, 143, "terminated; what was finished is kept."))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +76,12 @@ def test_the_pictures_of_one_process_though_a_worker_is_killed_while_it_draws(
 
 
 @pytest.mark.slow
-def test_interrupted_and_resumed_expert_by_expert(ensemble_folder: Path, address: str, whole: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--memory", "1e-4"]], ids=["whole model", "expert by expert"])
+def test_interrupted_terminated_and_resumed(ensemble_folder: Path, address: str, whole: dict[str, str], tmp_path: Path, options: list[str]) -> None:
+    """One sentence; what was finished is in folder, journal and summary, and nothing else is; the same command ends with the same pixels."""
     keys, out = tmp_path / "keys.jsonl", tmp_path / "out"
-    arguments = command(ensemble_folder, tmp_path, "--ray", address, "--memory", "1e-4")
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    arguments = command(ensemble_folder, tmp_path, "--ray", address, *options)
+    for number, code, sentence in SIGNALS:
         keys.unlink(missing_ok=True)
         process = start(arguments, keys)
         wait_for_a_picture(keys, process)
@@ -83,13 +89,72 @@ def test_interrupted_and_resumed_expert_by_expert(ensemble_folder: Path, address
         process.join(120)
         said = keys.with_suffix(".err").read_text()
         assert process.exitcode == code, said
+        assert said.count("tu-diffuse: ") == said.count(sentence) == 1
         assert "Traceback" not in said
         assert 0 < summary_of(out)["drawn"] < PICTURES
         assert digests(out).items() < whole.items()
+        assert {entry.file for entry in read_journal(out).values()} == digests(out).keys()
         assert leftovers(out) == []
-        assert drawing() == []
+        assert psutil.wait_procs(drawing(), timeout=30)[1] == []
     finish(arguments, keys)
     check_complete(out, whole)
+
+
+@pytest.mark.slow
+def test_signals_while_connecting(ensemble_folder: Path, address: str, whole: dict[str, str], tmp_path: Path) -> None:
+    """Ray's own handler would end the process with exit code 15 and no word."""
+    keys = tmp_path / "keys.jsonl"
+    arguments = command(ensemble_folder, tmp_path, "--ray", address)
+    for number, code, sentence in SIGNALS:
+        process = start(arguments, keys, At("open", "/proc/[0-9]+/cmdline", signals=(number,)))  # Ray looks for its processes in `ray.init`
+        process.join(120)
+        said = keys.with_suffix(".err").read_text()
+        assert process.exitcode == code, said
+        assert said.count("tu-diffuse: ") == said.count(sentence) == 1
+        assert not (tmp_path / "out").exists()
+    finish(arguments, keys)
+    check_complete(tmp_path / "out", whole)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_that_is_terminated_while_it_starts(ensemble_folder: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.jsonl"
+    process = start(command(ensemble_folder, tmp_path, "--ray", "local"), keys)
+    own = psutil.Process(process.pid)
+    while not (started := [child for child in own.children(recursive=True) if "gcs_server" in child.name()]):
+        assert process.is_alive(), keys.with_suffix(".err").read_text()
+        sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(120)
+    said = keys.with_suffix(".err").read_text()
+    assert process.exitcode == 143, said
+    assert said.count("tu-diffuse: terminated") == 1
+    assert psutil.wait_procs(started, timeout=30)[1] == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_rays_handler_of_sigterm_raised_is_our_handlers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while it connects: Ray has replaced the handler and exits with the signal's number."""
+    ray = pytest.importorskip("ray")
+
+    class Terminated(BaseException):
+        pass
+
+    def ours(*_: Any) -> None:
+        raise Terminated
+
+    def init(*_: Any, **__: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", init)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(Terminated), connected("127.0.0.1:1", "cpu"):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
