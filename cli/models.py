@@ -288,7 +288,7 @@ def _event(as_json: bool, event: str, facts: dict[str, object], text: str = "") 
 
 @app.command("add-t5", epilog=EXIT_CODES)
 def add_t5(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder of Stable Diffusion 1 or 2.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder of Stable Diffusion 1 or 2, SDXL or its refiner.")],
     t5: Annotated[
         Path, typer.Option("--t5", metavar="FOLDER", help="A T5 encoder and its tokenizer, as transformers saves them; or OWNER/NAME of the hub.")
     ],

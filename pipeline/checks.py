@@ -8,7 +8,7 @@ from ..schedulers.registry import SAMPLERS
 from ..schedulers.schedules import SPACINGS, make_schedule
 from ..text_encoders.prompts import parse
 from .editing.control import KINDS, kept_steps
-from .folder import ModelFolder
+from .folder import T5_ADDED, ModelFolder
 from .limits import CHOICES, RANGES, checked_text
 from .request import Request, first_step, rounds
 
@@ -55,7 +55,7 @@ def _check_texts(folder: ModelFolder, request: Request) -> None:
         checked_text("the prompt without its brackets", request.words)
     for name, weight in (("clip-weight", request.clip_weight), ("t5-weight", request.t5_weight)):
         _within(name, weight, *RANGES[name.replace("-", "_")])
-        takers = {"clip-t5"} if name == "clip-weight" else {"clip-t5", "sd-t5"}
+        takers = {"clip-t5"} if name == "clip-weight" else {"clip-t5", *T5_ADDED.values()}
         if weight != 1 and not takers & folder.families:
             option = "--no-t5" if (name, weight) == ("t5-weight", 0) else f"--{name}"
             raise UsageError(f"{option} has no meaning for {folder.name!r}, whose text encoders are not CLIP beside T5; leave it out.")

@@ -35,8 +35,12 @@ TEXT_PARTS = {
     "clip-t5": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner"),
     "t5": ("text_encoder", "tokenizer"),
     "sd-t5": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "conditioner"),
+    "sdxl-t5": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "conditioner"),
+    "sdxl-refiner-t5": ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3", "conditioner"),
 }
 """The families of models, and the parts that each reads prompts with."""
+T5_ADDED = {"sd": "sd-t5", "sdxl": "sdxl-t5", "sdxl-refiner": "sdxl-refiner-t5"}
+"""Families of CLIP alone -> what they are with T5 added (`T5Residual`)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class ModelFolder:
         commit: of a hub's model, what it was resolved to; None of any other.
         fingerprint: 64 hex digits over the names, sizes and sampled contents of its files, see `fingerprint`.
         family: "sd" (one CLIP), "sdxl" (two CLIPs joined on features), "sdxl-refiner" (the second of them only), "clip-t5" (CLIP and T5 joined by
-            `conditioner/`), "sd-t5" (one CLIP, to which `conditioner/` adds T5), "t5" (T5 alone).
+            `conditioner/`), "sd-t5" (one CLIP, to which `conditioner/` adds T5; so of SDXL "sdxl-t5" and "sdxl-refiner-t5"), "t5" (T5 alone).
         parts: component -> class, for those that are there.
         configs: component or expert's subfolder -> its parsed JSON config; of an expert that is a delta, its base's.
         experts: from low to high noise; one that covers all when there is no `experts.json`.
@@ -150,7 +154,7 @@ def open_folder(path: Path | None, prediction_type: str | None = None, variant: 
         factor=factor,
         noise=noise,
         defaults=read_defaults(folder, family, configs, factor, noise),
-        zero_negative=bool(index.get("force_zeros_for_empty_prompt", family == "sdxl")),
+        zero_negative=bool(index.get("force_zeros_for_empty_prompt", family in ("sdxl", "sdxl-t5"))),
     )
 
 
@@ -217,6 +221,12 @@ def _config_name(part: str) -> str:
 
 def _family(folder: Path, parts: Mapping[str, str]) -> str:
     encoders = tuple(parts.get(part) for part in ("text_encoder", "text_encoder_2"))
+    third = parts.get("text_encoder_3")
+    if third is not None:
+        rest = _family(folder, {name: kind for name, kind in parts.items() if name != "text_encoder_3"})
+        if rest.startswith("sdxl") and (third, parts.get("conditioner")) == ("T5EncoderModel", "T5Residual"):
+            return T5_ADDED[rest]
+        raise ModelError(f"{folder.name!r} has a third text encoder {third}; only SDXL with T5 and a conditioner T5Residual has one.")
     match encoders:
         case ("CLIPTextModel" | "CLIPTextModelWithProjection", "T5EncoderModel") if "conditioner" in parts:
             return "sd-t5" if parts["conditioner"] == "T5Residual" else "clip-t5"

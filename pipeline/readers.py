@@ -14,12 +14,14 @@ from ..text_encoders.encode import (
     ClipT5Part,
     Encoded,
     SdT5Part,
+    SdxlT5Part,
     T5Part,
     chunk_count,
     encode_clip_t5,
     encode_sd,
     encode_sd_t5,
     encode_sdxl,
+    encode_sdxl_t5,
     encode_t5,
 )
 from ..text_encoders.prompts import Text
@@ -35,8 +37,8 @@ from .place import Place, filled
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # what the SDXL refiner is told of pictures to draw and to avoid
 
-TextParts = ClipPart | T5Part | ClipT5Part | SdT5Part | tuple[ClipPart | None, ClipPart]
-"""SD's tower; T5; CLIP, T5 and their join; SD's tower with T5; or SDXL's two towers (its refiner has only the second)."""
+TextParts = ClipPart | T5Part | ClipT5Part | SdT5Part | SdxlT5Part | tuple[ClipPart | None, ClipPart]
+"""SD's tower; T5; CLIP, T5 and their join; SD's tower with T5; SDXL's towers with T5; or SDXL's two towers (its refiner has only the second)."""
 
 Encode = Callable[[Text], tuple[Encoded, Encoded]]
 """What is told of a picture to prompt and negative prompt, encoded."""
@@ -93,6 +95,9 @@ def load_text(
             return ClipT5Part(clip("text_encoder"), load_t5, load_conditioner(folder, place, component("conditioner")))
         case "sd-t5":
             return SdT5Part(clip("text_encoder"), load_t5, load_t5_residual(folder, place, component("conditioner")))
+        case "sdxl-t5" | "sdxl-refiner-t5":
+            pair = (clip("text_encoder") if family == "sdxl-t5" else None, clip("text_encoder_2"))
+            return SdxlT5Part(pair, partial(t5, "text_encoder_3", masked=True), load_t5_residual(folder, place, component("conditioner")))
         case "sdxl-refiner":
             return None, clip("text_encoder_2")
         case _:
@@ -176,18 +181,24 @@ def _adapted_text(parts: TextParts, entry: ExpertEntry, adapters: Adapters, made
             made[key] = ClipPart(tokenizer, with_rows(network(part, own.model), rows))
         return made[key]
 
+    def pair(first: ClipPart | None, second: ClipPart) -> tuple[ClipPart | None, ClipPart]:
+        return None if first is None else clip("text_encoder", first), clip("text_encoder_2", second)
+
     if isinstance(parts, ClipPart):
         return clip("text_encoder", parts)
     if isinstance(parts, T5Part):
         return replace(parts, model=network("text_encoder", parts.model))
-    if isinstance(parts, ClipT5Part | SdT5Part):
+    if isinstance(parts, ClipT5Part | SdT5Part | SdxlT5Part):
+        beside = parts
 
         def load_t5() -> T5Part:
-            return replace(parts.t5, model=network("text_encoder_2", parts.t5.model))
+            return replace(beside.t5, model=network("text_encoder_3" if isinstance(beside, SdxlT5Part) else "text_encoder_2", beside.t5.model))
 
-        return replace(parts, clip=clip("text_encoder", parts.clip), load_t5=load_t5, conditioner=network("conditioner", parts.conditioner))
-    first, second = parts
-    return None if first is None else clip("text_encoder", first), clip("text_encoder_2", second)
+        joined: dict[str, Any] = {"load_t5": load_t5, "conditioner": network("conditioner", parts.conditioner)}
+        if isinstance(parts, SdxlT5Part):
+            return replace(parts, towers=pair(*parts.towers), **joined)
+        return replace(parts, clip=clip("text_encoder", parts.clip), **joined)
+    return pair(*parts)
 
 
 @torch.no_grad()
@@ -221,14 +232,16 @@ def _encoder(parts: TextParts, zero_negative: bool) -> Encode:
             return encode(text.prompt), encode(text.negative)
 
         return encode_alone
-    first, second = parts
+    first, second = towers = parts.towers if isinstance(parts, SdxlT5Part) else parts
 
     def encode_pair(text: Text) -> tuple[Encoded, Encoded]:
-        chunks = chunk_count([text.prompt, text.negative], [tower for tower in parts if tower is not None], text.reading)
+        chunks = chunk_count([text.prompt, text.negative], [tower for tower in towers if tower is not None], text.reading)
 
         def encode(said: str, score: float) -> Encoded:
             told = [score] if first is None else [text.height, text.width]
             prompt, size_ids = None if said == "" else said, [text.height, text.width, 0, 0, *told]
+            if isinstance(parts, SdxlT5Part):
+                return encode_sdxl_t5([prompt], parts, size_ids, zero_negative, text.reading, chunks)
             return encode_sdxl([prompt], first, second, size_ids, 0, zero_negative, text.reading, chunks)
 
         return encode(text.prompt, AESTHETIC_SCORE), encode(text.negative, NEGATIVE_AESTHETIC_SCORE)

@@ -4,7 +4,7 @@ Within a call each distinct text is tokenized and encoded once. Gradients reach 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -98,6 +98,24 @@ class SdT5Part:
         return _of_width(self.load_t5(), self.conditioner.config.t5_width)
 
 
+@dataclass(frozen=True, eq=False)
+class SdxlT5Part:
+    """SDXL's two towers (its refiner has only the second), and T5, which adds to what they say together."""
+
+    towers: tuple[ClipPart | None, ClipPart]
+    load_t5: Callable[[], T5Part]
+    conditioner: T5Residual
+
+    def __post_init__(self) -> None:
+        width = sum(tower.model.config.hidden_size for tower in self.towers if tower is not None)
+        _check_widths("CLIP", (width,), (self.conditioner.config.clip_width,))
+
+    @cached_property
+    def t5(self) -> T5Part:
+        """As in `ClipT5Part`."""
+        return _of_width(self.load_t5(), self.conditioner.config.t5_width)
+
+
 def _of_width(part: T5Part, width: int) -> T5Part:
     _check_widths("T5", (part.model.config.d_model,), (width,))
     return part
@@ -155,14 +173,31 @@ def encode_sd(prompts: Sequence[str], clip: ClipPart, clip_skip: int = 0, readin
 
 def encode_sd_t5(prompts: Sequence[str], part: SdT5Part, reading: Reading = AS_IN_TRAINING, least: int = 1) -> Encoded:
     """Encode as `encode_sd`, and add what T5 says; of an empty prompt it says nothing, as of a dropped caption in training."""
-    encoded = encode_sd(prompts, part.clip, reading=reading, least=least)
+    return _with_t5(encode_sd(prompts, part.clip, reading=reading, least=least), prompts, part, reading)
+
+
+def encode_sdxl_t5(
+    prompts: Sequence[str | None],
+    part: SdxlT5Part,
+    size_ids: Sequence[float],
+    force_zeros_for_empty_prompt: bool = True,
+    reading: Reading = AS_IN_TRAINING,
+    least: int = 1,
+) -> Encoded:
+    """Encode as `encode_sdxl`, and add what T5 says to the tokens; of an empty prompt or None it says nothing. The pooled vector stays CLIP's."""
+    encoded = encode_sdxl(prompts, *part.towers, size_ids, 0, force_zeros_for_empty_prompt, reading, least)
+    return _with_t5(encoded, ["" if prompt is None else prompt for prompt in prompts], part, reading)
+
+
+def _with_t5(encoded: Encoded, prompts: Sequence[str], part: SdT5Part | SdxlT5Part, reading: Reading) -> Encoded:
     if reading.t5_weight == 0:
         return encoded
     tokens = encoded.conditioning.tokens
     t5_tokens, t5_mask, overflow = embed_t5(prompts, part.t5, reading)
     said = torch.tensor([prompt != "" for prompt in prompts], device=t5_mask.device)
     tokens = part.conditioner(tokens, t5_tokens.to(tokens), (t5_mask & said[:, None]).to(tokens.device), reading.t5_weight)
-    return Encoded(Conditioning(tokens), [one | other for one, other in zip(encoded.overflow, overflow, strict=True)])
+    both = [one | other for one, other in zip(encoded.overflow, overflow, strict=True)]
+    return Encoded(replace(encoded.conditioning, tokens=tokens), both)
 
 
 def embed_t5(prompts: Sequence[str], t5: T5Part, reading: Reading = AS_IN_TRAINING) -> tuple[Tensor, Tensor, list[dict[str, str]]]:

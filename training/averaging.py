@@ -9,7 +9,7 @@ from torch import nn
 
 from ..attention import AttentionBackend
 from ..errors import UsageError
-from ..pipeline.folder import ModelFolder
+from ..pipeline.folder import T5_ADDED, ModelFolder
 from ..pipeline.place import Place
 from ..pipeline.readers import load_conditioner, load_t5_residual, load_text
 from ..pipeline.staging import absent, write_file
@@ -94,5 +94,5 @@ def _readers(reading: ModelFolder, text: ExpertText | None, config: FinetuneConf
     place, parts = Place(torch.device("cpu"), torch.float32, AttentionBackend.AUTO), config.train.split(",")
     if "text-encoders" in parts:
         return text_networks(load_text(reading, place, text))
-    load = load_t5_residual if reading.family == "sd-t5" else load_conditioner
+    load = load_t5_residual if reading.family in T5_ADDED.values() else load_conditioner
     return {"conditioner": load(reading, place)} if "conditioner" in parts else {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention import AttentionBackend
 from ..errors import DataError, UsageError
 from ..model_files import files_sha256, weight_files
-from ..pipeline.folder import TEXT_PARTS, ModelFolder
+from ..pipeline.folder import T5_ADDED, TEXT_PARTS, ModelFolder
 from ..pipeline.loading import load_codec
 from ..pipeline.place import DTYPES, Place
 from ..pipeline.readers import load_conditioner, load_t5_residual, load_text
@@ -184,5 +184,5 @@ def open_source(
     if folder.family == "clip-t5":
         return EncodedSource(index, make_join(folder, load_conditioner(folder, place), {}), device)
     empty = unpack(read_range(index.shards[stored.shard], stored.offset, stored.size))
-    residual = load_t5_residual(folder, place) if folder.family == "sd-t5" else None
+    residual = load_t5_residual(folder, place) if folder.family in T5_ADDED.values() else None
     return EncodedSource(index, make_join(folder, residual, {name: tensor[None].to(device) for name, tensor in empty.items()}), device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..pipeline.folder import ModelFolder
+from ..pipeline.folder import T5_ADDED, ModelFolder
 from ..pipeline.staging import remove_staged, write_file
 from ..shards.encoded_members import StoredEncoding
 from ..shards.index import ShardIndex
@@ -93,9 +93,9 @@ def make_plan(config: FinetuneConfig, folder: ModelFolder, index: ShardIndex, ke
     reading, text = read_as(folder, config.expert)
     if text is not None and config.train != "unet":
         raise UsageError(f"expert {config.expert!r} reads prompts in its own way; train its text encoders in the folder that it came from.")
-    if config.t5_dropout and reading.family not in ("clip-t5", "sd-t5"):
+    if config.t5_dropout and reading.family not in ("clip-t5", *T5_ADDED.values()):
         raise UsageError(f"--t5-dropout has no meaning for {folder.name!r}, which has no T5; leave it out.")
-    if "conditioner" in config.train.split(",") and reading.family not in ("clip-t5", "sd-t5"):
+    if "conditioner" in config.train.split(",") and reading.family not in ("clip-t5", *T5_ADDED.values()):
         raise UsageError(f"--train conditioner has no meaning for {folder.name!r}, which does not join CLIP and T5; leave it out.")
     if config.zero_terminal_snr:
         if config.expert is not None and len(folder.experts) > 1:

@@ -30,6 +30,8 @@ _KOHYA_TEXT = {
     "sdxl-refiner": {"text_encoder_2": "lora_te2"},
     "clip-t5": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"},
     "sd-t5": {"text_encoder": "lora_te", "text_encoder_2": "lora_te3"},
+    "sdxl-t5": {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"},
+    "sdxl-refiner-t5": {"text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"},
 }
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]

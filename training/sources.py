@@ -15,7 +15,7 @@ from ..pipeline.folder import ModelFolder
 from ..pipeline.readers import AESTHETIC_SCORE, TextParts
 from ..shards.index import ShardIndex
 from ..text_encoders.conditioner import Conditioner
-from ..text_encoders.encode import ClipPart, ClipT5Part, SdT5Part, T5Part, embed_clip_t5, embed_t5, encode_sd, encode_sdxl, encode_t5
+from ..text_encoders.encode import ClipPart, ClipT5Part, SdT5Part, SdxlT5Part, T5Part, embed_clip_t5, embed_t5, encode_sd, encode_sdxl, encode_t5
 from ..text_encoders.t5_residual import T5Residual
 from ..vae.codec import LatentCodec
 from .batches import Fitted, fit
@@ -96,8 +96,8 @@ class Join:
         tokens = torch.where(keep[:, None, None], features["tokens"], self.empty["tokens"])
         if isinstance(self.conditioner, T5Residual):
             mask = features["t5_mask"] & drawn.keep_t5.to(latents.device)[:, None]
-            return Conditioning(self.conditioner(tokens, features["t5_tokens"], mask))
-        if self.family in ("sd", "t5"):
+            tokens = self.conditioner(tokens, features["t5_tokens"], mask)
+        if not self.family.startswith("sdxl"):
             return Conditioning(tokens)
         return Conditioning(
             tokens, pooled=torch.where(keep[:, None], features["pooled"], self.empty["pooled"]), size_ids=self._size_ids(sizes, latents)
@@ -106,7 +106,7 @@ class Join:
     def _size_ids(self, sizes: Tensor, latents: Tensor) -> Tensor:
         """SDXL's micro-conditioning (Podell et al. 2023, section 2.2); the refiner's ends in an aesthetic score, that of good pictures."""
         height, width = (self.factor * side for side in latents.shape[2:])
-        told = (AESTHETIC_SCORE,) if self.family == "sdxl-refiner" else (height, width)
+        told = (AESTHETIC_SCORE,) if self.family.startswith("sdxl-refiner") else (height, width)
         return torch.cat([sizes.float(), sizes.new_tensor(told, dtype=torch.float32).expand(len(sizes), -1)], dim=1).to(latents.device)
 
 
@@ -123,7 +123,7 @@ def text_features(parts: TextParts, captions: Sequence[str]) -> dict[str, Tensor
     Returns:
         SD and T5 alone: tokens (batch, n, width) after the final norm. SDXL and its refiner: tokens of the penultimate layers and pooled (batch,
         width). CLIP with T5: clip_tokens, clip_mask (bool, False at pads), clip_pooled, t5_tokens, t5_mask, the arguments of `Conditioner`. SD with
-        T5: SD's and t5_tokens, t5_mask.
+        T5, SDXL with T5: SD's or SDXL's and t5_tokens, t5_mask.
     """
     if isinstance(parts, ClipT5Part):
         said = embed_clip_t5(captions, parts.clip, parts.t5)
@@ -132,9 +132,10 @@ def text_features(parts: TextParts, captions: Sequence[str]) -> dict[str, Tensor
         return {"tokens": encode_sd(captions, parts).conditioning.tokens}
     if isinstance(parts, T5Part):
         return {"tokens": encode_t5(captions, parts).conditioning.tokens}
-    if isinstance(parts, SdT5Part):
+    if isinstance(parts, SdT5Part | SdxlT5Part):
         t5_tokens, t5_mask, _ = embed_t5(captions, parts.t5)
-        return {"tokens": encode_sd(captions, parts.clip).conditioning.tokens, "t5_tokens": t5_tokens, "t5_mask": t5_mask}
+        beside = text_features(parts.clip if isinstance(parts, SdT5Part) else parts.towers, captions)
+        return {**beside, "t5_tokens": t5_tokens, "t5_mask": t5_mask}
     encoded = encode_sdxl(captions, *parts, size_ids=()).conditioning
     assert encoded.pooled is not None
     return {"tokens": encoded.tokens, "pooled": encoded.pooled}
@@ -144,6 +145,8 @@ def text_networks(parts: TextParts) -> dict[str, nn.Module]:
     """The text encoders and the conditioner of a model, by component."""
     if isinstance(parts, ClipT5Part | SdT5Part):
         return {"text_encoder": parts.clip.model, "text_encoder_2": parts.t5.model, "conditioner": parts.conditioner}
+    if isinstance(parts, SdxlT5Part):
+        return {**text_networks(parts.towers), "text_encoder_3": parts.t5.model, "conditioner": parts.conditioner}
     towers = (parts, None) if isinstance(parts, ClipPart | T5Part) else parts
     return {name: tower.model for name, tower in zip(("text_encoder", "text_encoder_2"), towers, strict=True) if tower is not None}
 
@@ -186,5 +189,5 @@ def picture_source(folder: ModelFolder, index: ShardIndex, codec: LatentCodec, p
     """A source of pictures and captions with the frozen parts of a model."""
     if isinstance(parts, ClipT5Part):
         return PictureSource(index, codec, parts, make_join(folder, parts.conditioner, {}), device)
-    conditioner = parts.conditioner if isinstance(parts, SdT5Part) else None
+    conditioner = parts.conditioner if isinstance(parts, SdT5Part | SdxlT5Part) else None
     return PictureSource(index, codec, parts, make_join(folder, conditioner, text_features(parts, [""])), device)

@@ -1,6 +1,7 @@
 """Other text encoders for a model: T5 beside CLIP, which says nothing until `finetune --train conditioner`; a CLIP tower in open_clip's layout."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from ..errors import ModelError, UsageError
 from ..model_files import read_json, read_weights, weight_files
-from ..pipeline.folder import ModelFolder, open_folder
+from ..pipeline.folder import T5_ADDED, TEXT_PARTS, ModelFolder, open_folder
 from ..pipeline.hub.found import found as pulled
 from ..pipeline.hub.models import hub_name
 from ..pipeline.staging import copy_folder, linked, staged_folder
@@ -30,7 +31,7 @@ def add_t5(model: ModelFolder, t5: Path, out: Path, link: bool = False) -> Model
     """Write a model folder that draws what `model` draws, bit by bit, and has a T5 encoder whose part can be trained (`T5Residual`).
 
     Args:
-        model: of the family "sd": Stable Diffusion 1 or 2.
+        model: Stable Diffusion 1 or 2, SDXL or its refiner.
         t5: folder of the encoder as transformers saves it, with its tokenizer's files; or OWNER/NAME of the hub.
         out: the new model folder.
         link: hard links instead of copies of files that stay the same.
@@ -44,8 +45,9 @@ def add_t5(model: ModelFolder, t5: Path, out: Path, link: bool = False) -> Model
         UnsafeError: its weights are pickles.
         OutputError: `out` could not be written.
     """
-    if model.families != {"sd"}:
-        raise UsageError(f"{model.name!r} reads prompts as {', '.join(sorted(model.families))}; T5 is added to Stable Diffusion 1 and 2 (sd) only.")
+    if model.family not in T5_ADDED or any(entry.text is not None for entry in model.experts):
+        families, known = ", ".join(sorted(model.families)), ", ".join(T5_ADDED)
+        raise UsageError(f"{model.name!r} reads prompts as {families}; T5 is added to models that read as one of {known}.")
     t5 = pulled(t5)
     if not (t5 / "config.json").is_file():
         raise UsageError(f"--t5 {t5.name!r} holds no config.json; name the folder of a T5 encoder as transformers saves it.")
@@ -57,13 +59,14 @@ def add_t5(model: ModelFolder, t5: Path, out: Path, link: bool = False) -> Model
     copy = linked if link else shutil.copyfile
     with staged_folder(out) as staged:
         _copy_model(model, staged, copy)
-        for name in ("text_encoder_2", "tokenizer_2", "conditioner"):
+        encoder_name, tokenizer_name = _t5_names(model)
+        for name in (encoder_name, tokenizer_name, "conditioner"):
             (staged / name).mkdir()
         for path in [t5 / "config.json", *weights, *t5.glob("*.safetensors.index*.json")]:
-            copy(path, staged / "text_encoder_2" / path.name)
+            copy(path, staged / encoder_name / path.name)
         for name in _TOKENIZER_FILES:
             if (t5 / name).is_file():
-                copy(t5 / name, staged / "tokenizer_2" / name)
+                copy(t5 / name, staged / tokenizer_name / name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             save_file(T5Residual(config).state_dict(), staged / "conditioner" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
@@ -155,15 +158,23 @@ def _index(model: ModelFolder) -> dict[str, object]:
 
 
 def _widths(model: ModelFolder, encoder: T5Config) -> dict[str, int]:
-    clip = CLIPTextConfig.from_dict(model.configs["text_encoder"])
-    return {"clip_width": clip.hidden_size, "t5_width": encoder.d_model, "heads": clip.num_attention_heads}
+    """Of the tokens of all towers together, which have as many heads as they have."""
+    towers = [CLIPTextConfig.from_dict(model.configs[part]) for part in TEXT_PARTS[model.family] if part.startswith("text_encoder")]
+    width, heads = (sum(getattr(tower, name) for tower in towers) for name in ("hidden_size", "num_attention_heads"))
+    return {"clip_width": width, "t5_width": encoder.d_model, "heads": math.gcd(width, heads)}
+
+
+def _t5_names(model: ModelFolder) -> tuple[str, str]:
+    """The components that T5 and its tokenizer become."""
+    return ("text_encoder_2", "tokenizer_2") if model.family == "sd" else ("text_encoder_3", "tokenizer_3")
 
 
 def _index_with_t5(model: ModelFolder) -> dict[str, object]:
     """The same under our own pipeline's name, since diffusers' has no place for T5."""
+    encoder, tokenizer = _t5_names(model)
     added = {
-        "text_encoder_2": ["transformers", "T5EncoderModel"],
-        "tokenizer_2": ["transformers", "T5Tokenizer"],
+        encoder: ["transformers", "T5EncoderModel"],
+        tokenizer: ["transformers", "T5Tokenizer"],
         "conditioner": ["tu_diffuse", "T5Residual"],
     }
     return {**_index(model), "_class_name": "TuDiffusePipeline", **added}

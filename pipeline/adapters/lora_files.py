@@ -35,9 +35,9 @@ _KOHYA_PARTS = {
     "lora_te": "text_encoder",
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
-    "lora_te3": "text_encoder_2",  # T5
+    "lora_te3": "t5",
 }
-_PARTS = ("unet", "text_encoder", "text_encoder_2", "conditioner")
+_PARTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "conditioner")
 _OTHER_KINDS = {
     "DoRA": re.compile(r"dora_scale|lora_magnitude_vector"),
     "LoHa": re.compile(r"hada_"),
@@ -56,7 +56,8 @@ class LoraKey(NamedTuple):
     """Where a pair belongs, as the file says it.
 
     Attributes:
-        part: "unet", "text_encoder", "text_encoder_2" or "conditioner"; None where the file names none.
+        part: "unet", "text_encoder", "text_encoder_2", "text_encoder_3" or "conditioner"; "t5", whichever of them that is, in the names of kohya's
+            programs; None where the file names none.
         module: with dots, or as kohya's programs write it, with underscores for dots.
     """
 

@@ -68,13 +68,13 @@ class Network:
 
     Attributes:
         name: "unet", or the component of the text side.
-        part: what LoRA files call it.
+        parts: what LoRA files call it.
         shapes: module -> shape of its weight.
         aliases: what a LoRA may call a module -> module.
     """
 
     name: str
-    part: str
+    parts: tuple[str, ...]
     shapes: Mapping[str, torch.Size]
     aliases: Mapping[str, str]
 
@@ -83,7 +83,7 @@ def networks_of(folder: ModelFolder, entry: ExpertEntry) -> list[Network]:
     """The networks that an expert uses: its U-Net, and what it reads prompts with."""
     unet = _shapes(_unet(folder, entry.subfolder))
     original = ldm_names(unet, folder.configs[entry.subfolder])
-    networks = [Network(UNET, UNET, unet, _with_flat({name: name for name in unet} | original))]
+    networks = [Network(UNET, (UNET,), unet, _with_flat({name: name for name in unet} | original))]
     family = folder.family if entry.text is None else entry.text.family
     for part in TEXT_PARTS[family]:
         if not part.startswith("tokenizer"):
@@ -91,7 +91,7 @@ def networks_of(folder: ModelFolder, entry: ExpertEntry) -> list[Network]:
             shapes = _shapes(_text(folder, name))
             # transformers' CLIP towers lost the level "text_model" in version 5.6, and with it the LoRAs that are trained with them.
             aliases = {alias: one for one in shapes for alias in (one, one.removeprefix(TEXT_PREFIX))}
-            networks.append(Network(name, part, shapes, _with_flat(aliases)))
+            networks.append(Network(name, (part, "t5") if folder.parts[name] == "T5EncoderModel" else (part,), shapes, _with_flat(aliases)))
     return networks
 
 
@@ -99,7 +99,7 @@ def _fit(networks: Sequence[Network], file: LoraFile) -> tuple[Fit, list[str]]:
     fit: dict[LoraKey, tuple[str, str]] = {}
     misfits: list[str] = []
     for key, pair in file.pairs.items():
-        named = [(one, one.aliases[key.module]) for one in networks if key.part in (None, one.part) and key.module in one.aliases]
+        named = [(one, one.aliases[key.module]) for one in networks if key.part in (None, *one.parts) and key.module in one.aliases]
         fitting = [(one.name, module) for one, module in named if _changes(pair, one.shapes[module])]
         if len(fitting) > 1:
             raise ModelError(f"{file.name} does not say which of {', '.join(name for name, _ in fitting)} its {key.module} is for; save it again.")

@@ -105,6 +105,62 @@ def test_training_opens_it(sd1_folder: Path, with_t5: Path, tmp_path: Path, enco
     assert (tuned / unet).read_bytes() == (with_t5 / unet).read_bytes()
 
 
+@pytest.fixture(scope="module", params=["sdxl", "refiner"])
+def sdxl_pair(request: pytest.FixtureRequest, t5_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """SDXL, or its refiner, and the same with T5."""
+    old = request.getfixturevalue(f"{request.param}_folder")
+    out = tmp_path_factory.mktemp("added") / f"{request.param}-t5"
+    assert run(["models", "add-t5", str(old), "--t5", str(t5_folder), "--out", str(out)]) == 0
+    return old, out
+
+
+def test_sdxl_draws_what_it_drew_and_training_opens_it(sdxl_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    old, new = sdxl_pair
+    model = open_folder(new)
+    base = open_folder(old)
+    assert (model.family, model.zero_negative) == (f"{base.family}-t5", base.zero_negative)
+    before = pictures(old, CASES)
+    assert len({picture.numpy().tobytes() for picture in before}) == len(before) == 5
+    assert all(same(before, pictures(new, CASES)))
+
+    shards = str(write_shard(tmp_path, 0, 8, STAGES["shapes"], 5, "png"))
+    encoded = tmp_path / "encoded"
+    assert run(["shards", "encode", shards, "--model", str(new), "--out", str(encoded), "--resolution", "32", "--dtype", "float32"]) == 0
+    trained: list[dict[str, Tensor]] = []
+    for number, source in enumerate((shards, str(encoded / Path(shards).name))):
+        index = index_shards([source])
+        config = FinetuneConfig(
+            shards=("unused",), steps=2, batch_size=4, lr=2e-2, resolution=32, workers=0, caption_dropout=0.1, train="conditioner"
+        )
+        finetune(make_plan(config, model, index, range(len(index.samples))), tmp_path / str(number), lambda _: None)
+        trained.append(load_file(tmp_path / str(number) / "model" / "conditioner" / "diffusion_pytorch_model.safetensors"))
+    assert trained[0]["to_out.weight"].abs().max() > 1e-4
+    for name, weight in trained[0].items():  # of pictures and of encoded shards alike
+        torch.testing.assert_close(weight, trained[1][name], atol=1e-3, rtol=1e-2)
+    drawn = pictures(tmp_path / "0" / "model", CASES)
+    assert not any(same(drawn, before))
+    assert all(same(pictures(tmp_path / "0" / "model", CASES, no_t5=True), before))
+    assert not any(same(pictures(tmp_path / "0" / "model", CASES, t5_weight=0.5), drawn))
+
+
+def test_loras_of_sdxl_with_t5(sdxl_pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a run with LoRA writes is taken whole by the model, T5's part too: SDXL's in kohya's layout, the refiner's in diffusers'."""
+    old, new = sdxl_pair
+    kohya = open_folder(old).family == "sdxl"
+    shards = str(write_shard(tmp_path, 0, 8, STAGES["shapes"], 5, "png"))
+    arguments = ["finetune", "--model", str(new), "--shards", shards, "--out", str(tmp_path / "run"), "--resolution", "32", "--steps", "2"]
+    arguments += ["--batch-size", "4", "--workers", "0", "--lora", "2", "--lr", "0.02", "--device", "cpu", "--train"]
+    arguments += ["unet,text-encoders", "--format", "kohya"] if kohya else ["unet,text-encoders,conditioner"]
+    assert run(arguments) == 0, capsys.readouterr().err
+    [lora] = (tmp_path / "run").glob("*.safetensors")
+    assert any(name.startswith("lora_te3_" if kohya else "text_encoder_3.") for name in load_file(lora))
+    capsys.readouterr()
+    generate = ["generate", LONG, "--model", str(new), "--seed", "3", "--steps", "2", "--json", "--lora", str(lora), "--out", str(tmp_path / "a.png")]
+    assert run(generate) == 0, capsys.readouterr().err
+    [used] = json.loads(capsys.readouterr().out)["settings"]["loras"]
+    assert used["matched"] == used["keys"] > 20
+
+
 def residual() -> tuple[T5Residual, dict[str, Tensor]]:
     torch.manual_seed(0)
     model = T5Residual(T5ResidualConfig(clip_width=16, t5_width=24, heads=2))
@@ -142,11 +198,18 @@ def test_pads_and_dropped_rows_say_nothing() -> None:
     assert torch.allclose(model(**inputs, t5_weight=0.5), (out + inputs["clip_tokens"]) / 2, atol=1e-5)
 
 
-def test_what_cannot_be(sd1_folder: Path, sdxl_folder: Path, ensemble_folder: Path, t5_folder: Path, with_t5: Path, tmp_path: Path) -> None:
+def test_what_cannot_be(sd1_folder: Path, ensemble_folder: Path, t5_folder: Path, with_t5: Path, tmp_path: Path) -> None:
     sd1, out = open_folder(sd1_folder), tmp_path / "out"
-    for folder in (sdxl_folder, ensemble_folder, with_t5):
-        with pytest.raises(UsageError, match="Stable Diffusion 1 and 2"):
+    for folder in (ensemble_folder, with_t5):
+        with pytest.raises(UsageError, match="T5 is added to models that read as one of sd, sdxl, sdxl-refiner"):
             add_t5(open_folder(folder), t5_folder, out)
+    third = tmp_path / "third"  # a third encoder without what joins it
+    shutil.copytree(with_t5, third)
+    index = json.loads((third / "model_index.json").read_text())
+    (third / "model_index.json").write_text(json.dumps(index | {"text_encoder_3": index["text_encoder_2"]}))
+    shutil.copytree(third / "text_encoder_2", third / "text_encoder_3")
+    with pytest.raises(ModelError, match="third text encoder"):
+        open_folder(third)
     with pytest.raises(UsageError, match=r"no config\.json"):
         add_t5(sd1, tmp_path, out)
     with pytest.raises(ModelError, match="clip_text_model"):
