@@ -20,6 +20,10 @@ from tu_diffuse.pipeline.place import choose_place
 from tu_diffuse.pipeline.readers import load_texts
 from tu_diffuse.text_encoders.encode import ClipT5Part, encode_clip_t5
 from tu_diffuse.unet.lora import LowRank, adapted
+from tu_diffuse.vae.autoencoder import Autoencoder
+from tu_diffuse.vae.codec import FLOAT32_RETRY, LatentCodec
+from tu_diffuse.vae.config import AutoencoderConfig
+from tu_diffuse.weights import without_storage
 
 CPU = torch.device("cpu")
 
@@ -128,6 +132,24 @@ def test_one_layer_is_in_memory_at_a_time(ensemble_folder: Path, tmp_path: Path)
     assert storage(codec.vae) == 0
     codec.decode(torch.randn(1, 8, 16, 16))
     assert storage(codec.vae) == 0
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_a_picture_that_overflows_is_made_again_in_float32(upcast: bool):
+    """With force_upcast the whole VAE computes in float32, as it does in memory; without, what overflowed is computed again."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    config = AutoencoderConfig(block_out_channels=(16, 32), norm_num_groups=8, force_upcast=upcast, **blocks)
+    plain = Autoencoder(config).eval().requires_grad_(False)
+    plain.decoder.up_blocks[-1].resnets[-1].conv2.bias.fill_(6e4)
+    plain.decoder.up_blocks[-1].resnets[-1].conv2.weight.mul_(3e5)
+    stored = {name: tensor.clone() for name, tensor in plain.half().state_dict().items()}
+    waiting = offloaded(without_storage(lambda: Autoencoder(config)), stored, Path("here"), CPU, torch.float16, whole=True)
+    latents = torch.randn(2, 4, 8, 8)
+    wanted, came = LatentCodec(plain).decode(latents), LatentCodec(waiting).decode(latents)
+    assert wanted.fallbacks == came.fallbacks == ((() if upcast else (FLOAT32_RETRY,)),) * 2
+    assert torch.equal(wanted.pixels, came.pixels)
+    assert wanted.pixels.std() > 0
+    assert storage(waiting) == 0
 
 
 def test_a_change_shares_what_waits_and_leaves_the_original():
