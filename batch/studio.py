@@ -33,9 +33,12 @@ _Key = tuple[Text, tuple[LoraUse, ...], tuple[EmbeddingUse, ...]]
 
 
 def model_bytes(folder: ModelFolder, place: Place, requests: Iterable[Request] = ()) -> int:
-    """What all parts of a model take in memory together, from their headers (offloaded: nothing), with the networks that requests bring beside it."""
+    """What all parts of a model take in memory together, from their headers (offloaded: those that move in whole), with the networks that requests
+    bring beside it."""
     beside = network_bytes([request.control for request in requests], place.dtype)
-    return beside if place.offload else describe(folder)["parameters"] * place.dtype.itemsize + beside
+    facts = describe(folder)
+    whole = sum(part["parameters"] for part in facts["parts"] if part["name"] in ("vae", "conditioner")) if place.offload else facts["parameters"]
+    return whole * place.dtype.itemsize + beside
 
 
 def memory_budget(gib: float | None, place: Place) -> int:
