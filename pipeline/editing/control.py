@@ -25,7 +25,7 @@ from ..folder import ModelFolder
 from .depth import WEIGHTS as DEPTH_WEIGHTS
 from .depth import checked_estimator, depth_map
 from .inputs import InputPicture, examined, fitted, picture_from, pixels_of
-from .networks import Beside, beside, beside_from, open_beside
+from .networks import Beside, beside, beside_from, check_unchanged, open_beside
 
 KINDS = ("none", "canny", "depth")
 WEIGHTS = "diffusion_pytorch_model"
@@ -256,8 +256,7 @@ class ControlNets:
             first: number of the round's first step; the shares `start` and `end` are of the steps from there on, as in diffusers.
 
         Raises:
-            ModelError, UnsafeError: its files are not valid.
-            UsageError: they are not those that were asked for.
+            ModelError, UnsafeError: its files are not valid, or not those that were asked for.
         """
         if control is None:
             return None
@@ -276,8 +275,9 @@ class ControlNets:
         if self._held is None or self._held[0] != control.sha256:
             from ..library import library_control
 
+            folder = check_unchanged(Beside(control.model, control.sha256, control.path), WEIGHTS, ["config.json"])
             self._held = None
-            self._held = control.sha256, library_control(Path(control.path), self._dtype, self._device)
+            self._held = control.sha256, library_control(folder, self._dtype, self._device)
             self.loads += 1
         return self._held[1]
 

@@ -19,7 +19,7 @@ from ...errors import ModelError, UnsafeError, first_line, out_of_memory
 from ...model_files import read_headers, read_json
 from ...weights import check_finite
 from .inputs import InputPicture, pixels_of
-from .networks import Beside, beside, open_beside
+from .networks import Beside, beside, check_unchanged, open_beside
 
 WEIGHTS = "model"
 _TEXTS = ("config.json", "preprocessor_config.json")
@@ -60,8 +60,7 @@ def depth_map(estimator: Beside, picture: InputPicture) -> NDArray[np.uint8]:
 @lru_cache(maxsize=_PICTURES)
 def _map(estimator: Beside, picture: InputPicture) -> NDArray[np.uint8]:
     pixels = Image.fromarray(pixels_of(picture))
-    folder = Path(estimator.path)
-    processor, network = _load(folder)
+    processor, network = _load(check_unchanged(estimator, WEIGHTS, _TEXTS))
     try:
         with torch.inference_mode():
             output = network(**processor(images=pixels, return_tensors="pt"))

@@ -78,6 +78,18 @@ def beside(folder: Path, stem: str, texts: Sequence[str]) -> Beside:
     return Beside(folder.resolve().name if origin is None else origin.repo, digest, str(folder.absolute()))
 
 
+def check_unchanged(network: Beside, stem: str, texts: Sequence[str]) -> Path:
+    """The folder of a network that is about to be loaded.
+
+    Raises:
+        UnsafeError, ModelError: as `beside`; or its files are not those that were asked for, as on another machine of a cluster.
+    """
+    folder = Path(network.path)
+    if not folder.is_dir() or beside(folder, stem, texts).sha256 != network.sha256:
+        raise ModelError(f"{network.name!r} (sha256 {network.sha256[:10]}…) is not what lies at its path now; put the same files there.")
+    return folder
+
+
 @lru_cache(maxsize=64)
 def _sha256(files: tuple[tuple[str, int, int], ...]) -> str:
     """Of files with their times and sizes, with which another content under the same name is another one."""

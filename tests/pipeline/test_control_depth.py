@@ -16,9 +16,11 @@ from tu_diffuse.errors import ModelError, TuDiffuseError, UnsafeError, UsageErro
 from tu_diffuse.pipeline.editing.depth import checked_estimator, depth_map
 from tu_diffuse.pipeline.editing.inputs import examined
 from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.metadata import read_metadata
 from tu_diffuse.pipeline.place import choose_place
 from tu_diffuse.pipeline.resolve import resolve
+from tu_diffuse.pipeline.text_to_image import text_to_image
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +202,19 @@ def test_both_networks_count_in_memory_and_loads(sd1_folder: Path, control: Path
     assert told(whole + 1, "--dry-run")["megabytes"] == round(whole / 1e6, 1)
     assert told(alone + 1, "--dry-run")["megabytes"] < whole / 1e6
     assert told(alone + 1)["loads"] == {"text encoders": 1, "unet": 1, "ControlNet": 1, "codec": 1}
+
+
+def test_a_network_that_is_another_when_it_is_loaded_is_refused(sd1_folder: Path, control: Path, depth: Path, picture: Path, tmp_path: Path):
+    """As on a machine of a cluster that has other files under the same path."""
+    model = load_model(open_folder(sd1_folder), dtype="float32", device="cpu")
+    for name in ("near", "dpt"):
+        networks = {one: shutil.copytree(folder, tmp_path / name / one) for one, folder in (("near", control), ("dpt", depth))}
+        asked: dict[str, Any] = {"control": "depth", "control_image": picture}
+        request = resolve(model.folder, "a", [1], steps=1, control_model=networks["near"], control_depth_model=networks["dpt"], **asked)
+        weights = next(networks[name].glob("*.safetensors"))
+        save_file({one: tensor * 1.5 for one, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+        with pytest.raises(ModelError, match=f"'{name}' .* is not what lies at its path now"):
+            list(text_to_image(model, request))
+        shutil.rmtree(networks[name])
+        with pytest.raises(ModelError, match=f"'{name}' .* is not what lies at its path now"):
+            list(text_to_image(model, request))
