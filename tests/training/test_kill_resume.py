@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from killed_runs import At, check_a_checkpoint_is_left, finish, kill_after, kill_at, outcome, samples
@@ -109,16 +110,23 @@ def test_killed_at_named_points_and_resumed(whole: Whole, tmp_path: Path, part: 
 
 
 def kill_at_random_moments(whole: Whole, folder: Path, kills: int, seed: int) -> Counter[str]:
-    """Kill runs at moments spread evenly over the length of a run and start them again, each until it is done; counts what the kills left."""
-    rng = random.Random(seed)
+    """Kill runs at moments spread evenly over the length of a run and start them again, each until it is done; counts what the kills left.
+
+    How long a run takes is measured anew where one is not killed: the machine may be less busy than it was.
+    """
+    rng, seconds = random.Random(seed), whole.seconds
     seen: Counter[str] = Counter()
     for number in count():
         out, keys = folder / str(number), folder / f"{number}.jsonl"
-        while kill_after(whole.command(out), keys, rng.uniform(0, whole.seconds)):
+        started: float | None = monotonic()
+        while kill_after(whole.command(out), keys, rng.uniform(0, seconds)):
             step = check_a_checkpoint_is_left(out)
             staged = [path for path in out.rglob(".*") if path.name.endswith(("staged", "partial")) or path.name.startswith(".staged")]
             place = "before the first checkpoint" if step is None else f"after checkpoint {step}"
             seen[f"{place}, {'while a file was written' if staged else 'between files'}"] += 1
+            started = None
+        if started is not None:
+            seconds = monotonic() - started
         assert_same(whole, out, keys)
         if seen.total() >= kills:
             return seen
