@@ -130,25 +130,18 @@ def batch(
         raise UsageError("the prompt file is missing; name one that ends in .txt, .jsonl, .csv or .tsv, or - for standard input.")
     if out is None:
         raise UsageError("--out is missing; name the folder of the pictures.")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size} is out of range; give 1 or more.")
     which = _part(part)
-    if layout not in LAYOUTS:
-        raise UsageError(f"--layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}.")
-    if layout == "geneval" and (sweep or name is not None or format is not None):
-        raise UsageError("--layout geneval fixes names and format and holds pictures of one setting; leave out --sweep, --name and --format.")
-
-    if best_of is not None and not 2 <= best_of <= MOST_CANDIDATES:
-        raise UsageError(f"--best-of {best_of} is out of range; give 2 to {MOST_CANDIDATES}.")
-    if devices is not None and device != "auto":
-        raise UsageError("--device and --devices contradict each other; leave one of them out.")
-    if ray is not None and (devices is not None or dry_run):
-        other = "--devices" if devices is not None else "--dry-run"
-        raise UsageError(f"--ray and {other} contradict each other, since {other} looks at this machine; leave one of them out.")
-    if best_of is not None and score_model is None:
-        raise UsageError(f"--best-of {best_of} has nothing to score with, since no CLIP pair ships with tu-diffuse; name one with --score-model.")
-    if best_of is None and score_model is not None:
-        raise UsageError("--score-model scores candidates, and there are none; give --best-of N too.")
+    _check_together(
+        batch_size=batch_size,
+        layout=layout,
+        named=bool(sweep) or name is not None or format is not None,
+        best_of=best_of,
+        score_model=score_model,
+        device=device,
+        devices=devices,
+        ray=ray,
+        dry_run=dry_run,
+    )
 
     from ..batch import cluster, geneval
     from ..batch.estimate import expect
@@ -247,6 +240,38 @@ def batch(
         write_sheet(folder, plan, out)  # not after an interruption: it reads every picture
     if summary.failed or summary.blocked:
         raise typer.Exit(1)
+
+
+def _check_together(
+    *,
+    batch_size: int | None,
+    layout: str,
+    named: bool,
+    best_of: int | None,
+    score_model: Path | None,
+    device: str,
+    devices: str | None,
+    ray: str | None,
+    dry_run: bool,
+) -> None:
+    """Refuse options out of range, and those that contradict each other or do nothing alone."""
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is out of range; give 1 or more.")
+    if layout not in LAYOUTS:
+        raise UsageError(f"--layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}.")
+    if layout == "geneval" and named:
+        raise UsageError("--layout geneval fixes names and format and holds pictures of one setting; leave out --sweep, --name and --format.")
+    if best_of is not None and not 2 <= best_of <= MOST_CANDIDATES:
+        raise UsageError(f"--best-of {best_of} is out of range; give 2 to {MOST_CANDIDATES}.")
+    if devices is not None and device != "auto":
+        raise UsageError("--device and --devices contradict each other; leave one of them out.")
+    if ray is not None and (devices is not None or dry_run):
+        other = "--devices" if devices is not None else "--dry-run"
+        raise UsageError(f"--ray and {other} contradict each other, since {other} looks at this machine; leave one of them out.")
+    if best_of is not None and score_model is None:
+        raise UsageError(f"--best-of {best_of} has nothing to score with, since no CLIP pair ships with tu-diffuse; name one with --score-model.")
+    if best_of is None and score_model is not None:
+        raise UsageError("--score-model scores candidates, and there are none; give --best-of N too.")
 
 
 def _refuse_unused(embeddings: "list[EmbeddingUse]", items: "list[Item]") -> None:
