@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, RenderError
-from ..pipeline.folder import ModelFolder
-from ..pipeline.place import Place
+from ..pipeline.model.folder import ModelFolder
+from ..pipeline.model.place import Place
 from .drafts import Drawn
 from .engine import render
 from .items import Item

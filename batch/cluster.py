@@ -23,8 +23,8 @@ from .. import __version__
 from ..allocator import keep_freed_memory
 from ..errors import ModelError, RenderError, UsageError
 from ..pipeline.adapters.lora_files import lora_sha256
-from ..pipeline.folder import EMBEDDED, ModelFolder, open_folder
-from ..pipeline.place import Place, choose_place
+from ..pipeline.model.folder import EMBEDDED, ModelFolder, open_folder
+from ..pipeline.model.place import Place, choose_place
 from .drafts import Drawn, Lost, Stepped
 from .engine import render
 from .items import Item

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from ..pipeline.place import Place
+from ..pipeline.model.place import Place
 from ..pipeline.request import rounds
 from .drafts import advance, begin, finish, open_round
 from .items import Item

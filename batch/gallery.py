@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from .files import locked
 from .files import replace as write_whole
 from .lines import Problem

@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import DataError, ModelError, UnsafeError, UsageError
 from ..pipeline.adapters.adapters import Shelf
-from ..pipeline.folder import ModelFolder
 from ..pipeline.hub.models import hub_name
+from ..pipeline.model.folder import ModelFolder
 from ..pipeline.output import picture_name
 from ..pipeline.request import Request, recorded
 from ..pipeline.resolve import resolve_all

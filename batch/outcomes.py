@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..model_files import within_single_file
-from ..pipeline.folder import EMBEDDED, ModelFolder
+from ..pipeline.model.folder import EMBEDDED, ModelFolder
 from ..pipeline.request import DRAWING, GUIDING, READING, Request
 from ..pipeline.resolve import resolve
 from .items import Item

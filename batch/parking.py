@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..pipeline.editing.rounds import Start, round_schedule
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from .drafts import Draft, Lost
 from .files import replace as write_whole
 from .items import Item

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ModelError, UsageError
 from ..model_files import read_header, read_json
-from ..pipeline.fingerprint import fingerprint
+from ..pipeline.model.fingerprint import fingerprint
 from ..pipeline.previews import to_image
 from ..weights import check_finite
 from .drafts import Drawn, Lost

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import DataError
-from ..pipeline.folder import ModelFolder
 from ..pipeline.metadata import open_picture
+from ..pipeline.model.folder import ModelFolder
 from .files import locked
 from .files import replace as write_whole
 from .journal import read_journal

@@ -14,12 +14,12 @@ from ..contracts import Conditioning
 from ..errors import UsageError
 from ..pipeline.adapters.adapters import Adapters, LoraUse, Shelf
 from ..pipeline.adapters.embeddings import EmbeddingUse
-from ..pipeline.describe import describe
 from ..pipeline.editing.control import ControlNets, network_bytes
-from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import load_codec, load_experts
-from ..pipeline.place import Place
-from ..pipeline.readers import Encode, TextParts, load_texts, readers_of
+from ..pipeline.model.describe import describe
+from ..pipeline.model.folder import ModelFolder
+from ..pipeline.model.loading import load_codec, load_experts
+from ..pipeline.model.place import Place
+from ..pipeline.model.readers import Encode, TextParts, load_texts, readers_of
 from ..pipeline.request import Request, Round
 from ..schedulers.schedules import SigmaSchedule
 from ..text_encoders.prompts import Text

@@ -19,8 +19,8 @@ from typing import NoReturn
 
 from ..allocator import keep_freed_memory
 from ..errors import RenderError, TuDiffuseError
-from ..pipeline.folder import open_folder
-from ..pipeline.place import Place
+from ..pipeline.model.folder import open_folder
+from ..pipeline.model.place import Place
 from .drafts import Stepped
 from .journal import Entry
 from .plan import Plan

@@ -156,9 +156,9 @@ def batch(
     from ..batch.studio import WINDOW_SHARE, Studio, memory_budget, model_bytes
     from ..batch.workers import Job, draw_in_workers, shares
     from ..pipeline.adapters.adapters import Shelf
-    from ..pipeline.folder import open_folder
+    from ..pipeline.model.folder import open_folder
+    from ..pipeline.model.place import choose_place
     from ..pipeline.output import try_folder
-    from ..pipeline.place import choose_place
 
     file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
     folder = open_folder(model, prediction_type, variant)

@@ -42,8 +42,8 @@ def show(folder: Folder = None, as_json: Json = False, debug: Debug = False) -> 
     end), parent, guidance, how it is stored (whole, delta, lora), base, bytes of its own and shared ones.
     """
     del debug  # read in main.py
-    from ..pipeline.describe import describe_experts
-    from ..pipeline.folder import open_folder
+    from ..pipeline.model.describe import describe_experts
+    from ..pipeline.model.folder import open_folder
 
     _print(describe_experts(open_folder(folder)), as_json)
 
@@ -149,7 +149,7 @@ def merge(
     With --json one line: path, weights, parent (null: averaged), and what `experts show` prints of the new folder.
     """
     del debug  # read in main.py
-    from ..pipeline.folder import open_folder
+    from ..pipeline.model.folder import open_folder
     from ..training.merging import merge as merge_experts
 
     shares = None if not weight else dict(_share(text) for text in weight)
@@ -181,7 +181,7 @@ def drop(
     del debug  # read in main.py
     if to not in ("lower", "higher"):
         raise UsageError(f"--to {to!r} is not known; use lower or higher.")
-    from ..pipeline.folder import open_folder
+    from ..pipeline.model.folder import open_folder
     from ..training.forking import drop as drop_expert
 
     drop_expert(open_folder(folder), expert, out, heir=to, link=link)
@@ -218,7 +218,7 @@ def suggest_boundary(
     largest gain), timestep and sigma (the border; null: none), lowest and highest (borders found with an eighth of the pictures left out), command.
     """
     del debug  # read in main.py
-    from ..pipeline.place import choose_device
+    from ..pipeline.model.place import choose_device
     from ..shards.index import index_shards
     from ..shards.specs import expand
     from ..training.boundary import suggest_boundary as suggest
@@ -282,8 +282,8 @@ def _share(text: str) -> tuple[str, float]:
 
 
 def _print_new(out: Path, as_json: bool, **more: object) -> None:
-    from ..pipeline.describe import describe_experts
-    from ..pipeline.folder import open_folder
+    from ..pipeline.model.describe import describe_experts
+    from ..pipeline.model.folder import open_folder
 
     _print({"path": str(out), **more, **describe_experts(open_folder(out))}, as_json)
 

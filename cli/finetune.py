@@ -132,7 +132,7 @@ def finetune(
 
     import torch
 
-    from ..pipeline.place import choose_device
+    from ..pipeline.model.place import choose_device
     from ..shards.filters import check_filters, drop_reason
     from ..shards.index import index_shards
     from ..shards.specs import expand
@@ -271,9 +271,9 @@ def _stopper(stopped_by: list[int]) -> Any:
 
 def _drawer(plan: "Plan", out: Path, device: Any) -> Any:
     """Draws the validation prompts, seeds 0, 1, ..., with a model folder; the pictures go to OUT/validation."""
-    from ..pipeline.folder import open_folder
-    from ..pipeline.loading import load_model
     from ..pipeline.metadata import encode_picture
+    from ..pipeline.model.folder import open_folder
+    from ..pipeline.model.loading import load_model
     from ..pipeline.previews import to_image
     from ..pipeline.resolve import resolve
     from ..pipeline.text_to_image import Picture, text_to_image

@@ -98,9 +98,9 @@ def generate(
         raise UsageError(f"--count {count} is out of range; give a number from {fewest} to {most}.")
 
     from ..pipeline.adapters.adapters import Shelf
-    from ..pipeline.folder import open_folder
-    from ..pipeline.loading import adapted_to, load_model, texts_of
     from ..pipeline.metadata import encode_picture
+    from ..pipeline.model.folder import open_folder
+    from ..pipeline.model.loading import adapted_to, load_model, texts_of
     from ..pipeline.output import plan_target, publish
     from ..pipeline.previews import LivePreview, StepsStrip, to_image
     from ..pipeline.request import batches, steps_of

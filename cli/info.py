@@ -62,8 +62,8 @@ def info(
 
 def facts_of(path: Path | None, prediction_type: str | None, variant: str | None = None) -> dict[str, Any]:
     """What a model is, or a LoRA file, or a folder of one network."""
-    from ..pipeline.describe import describe, describe_weights, is_weights_alone
-    from ..pipeline.folder import open_folder
+    from ..pipeline.model.describe import describe, describe_weights, is_weights_alone
+    from ..pipeline.model.folder import open_folder
 
     if path is not None and is_weights_alone(path):
         if prediction_type is not None:

@@ -253,9 +253,9 @@ def convert(
     """
     del debug  # read in main.py
     from ..pipeline.adapters.adapters import Shelf
-    from ..pipeline.convert import convert as convert_model
-    from ..pipeline.describe import describe
-    from ..pipeline.folder import open_folder
+    from ..pipeline.model.convert import convert as convert_model
+    from ..pipeline.model.describe import describe
+    from ..pipeline.model.folder import open_folder
 
     folder = open_folder(model, prediction_type, variant)
     shelf = Shelf(folder)
@@ -311,7 +311,7 @@ def add_t5(
     With --json one line: kind, name, hash, family, parameters and the rest of what `models info` prints.
     """
     del debug  # read in main.py
-    from ..pipeline.describe import describe
+    from ..pipeline.model.describe import describe
     from ..training.text_parts import add_t5 as write
 
     made = write(open_unpacked(model), t5, out, link)
@@ -341,7 +341,7 @@ def use_clip(
     With --json one line: kind, name, hash, family, parameters and the rest of what `models info` prints.
     """
     del debug  # read in main.py
-    from ..pipeline.describe import describe
+    from ..pipeline.model.describe import describe
     from ..training.text_parts import tower_folder
     from ..training.text_parts import use_clip as write
 

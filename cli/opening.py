@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from ..pipeline.folder import ModelFolder
+    from ..pipeline.model.folder import ModelFolder
 
 
 def open_unpacked(path: Path | None, prediction_type: str | None = None) -> "ModelFolder":
     """`open_folder`; a single file is unpacked into the user's cache first, which is said on standard error."""
-    from ..pipeline.convert import unpacked
-    from ..pipeline.folder import open_folder
+    from ..pipeline.model.convert import unpacked
+    from ..pipeline.model.folder import open_folder
 
     model = open_folder(path, prediction_type)
     folder = unpacked(model)

@@ -62,9 +62,9 @@ def replay(
     from ..pipeline.adapters.adapters import Shelf, find_by_hash
     from ..pipeline.editing.control import with_networks
     from ..pipeline.editing.inputs import located
-    from ..pipeline.folder import open_folder
-    from ..pipeline.loading import adapted_to, load_model
-    from ..pipeline.place import choose_place
+    from ..pipeline.model.folder import open_folder
+    from ..pipeline.model.loading import adapted_to, load_model
+    from ..pipeline.model.place import choose_place
     from ..pipeline.replay import check_size, compare, made_with, model_of, redraw, request_of
     from ..pipeline.request import Request, with_pictures
 

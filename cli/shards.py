@@ -239,7 +239,7 @@ def encode(
     del debug  # read in main.py
     import time
 
-    from ..pipeline.place import choose_device
+    from ..pipeline.model.place import choose_device
     from ..shards.index import encoding_of
     from ..shards.specs import shard_name
     from ..training.encode_shards import encode_shards, load_encoder

@@ -8,8 +8,8 @@ from ..schedulers.registry import SAMPLERS
 from ..schedulers.schedules import SPACINGS, make_schedule
 from ..text_encoders.prompts import parse
 from .editing.control import KINDS, kept_steps
-from .folder import T5_ADDED, ModelFolder
 from .limits import CHOICES, RANGES, checked_text
+from .model.folder import T5_ADDED, ModelFolder
 from .request import Request, first_step, rounds
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .. import __version__
 from ..attention import AttentionBackend, attention
-from .folder import EMBEDDED
+from .model.folder import EMBEDDED
 
 _LIBRARIES = (
     "torch",

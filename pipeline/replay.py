@@ -15,10 +15,10 @@ from .adapters.adapters import LoraUse
 from .adapters.embeddings import EmbeddingUse
 from .editing.control import control_from
 from .editing.edits import edit_from, upscale_from
-from .folder import ModelFolder
 from .hub.models import HubName, cached, hub_name, is_commit
-from .loading import Model
 from .metadata import encode_picture, open_picture
+from .model.folder import ModelFolder
+from .model.loading import Model
 from .previews import to_image
 from .request import DRAWING, EARLIER, GUIDING, READING, Request, batches, rounds
 from .resolve import resolve

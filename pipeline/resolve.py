@@ -12,8 +12,8 @@ from .adapters.embeddings import EmbeddingUse
 from .checks import check
 from .editing.control import Control, resolved_control
 from .editing.edits import Edit, Upscale, resolved_edit, resolved_upscale
-from .folder import ModelFolder
 from .limits import checked_text
+from .model.folder import ModelFolder
 from .request import Request
 
 

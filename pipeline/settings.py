@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .folder import ModelFolder
-from .place import Place
+from .model.folder import ModelFolder
+from .model.place import Place
 from .request import Request, recorded
 
 

@@ -57,11 +57,18 @@ def remove_staged(folder: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a file beside `path`, sync it, and give it that name in one step; an older file is replaced."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    sync(partial)
-    partial.replace(path)
+    """Have `write` fill a file, sync it, and give it the name `path` in one step; an older file is replaced.
+
+    It is filled in a folder of its own beside `path`, because safetensors writes to a temporary file beside the one that it is given; what a killed
+    run left there is removed by the next.
+    """
+    unfinished = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    write(unfinished / path.name)
+    sync(unfinished / path.name)
+    (unfinished / path.name).replace(path)
+    unfinished.rmdir()
     sync(path.parent)
 
 

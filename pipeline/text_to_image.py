@@ -23,9 +23,9 @@ from ..schedulers.schedules import SigmaSchedule
 from ..schedulers.step import Step, stages
 from ..vae.codec import to_uint8
 from .editing.rounds import Start, begin, composited, keeping, round_schedule, round_shape, showing
-from .folder import ModelFolder
-from .loading import Model
-from .readers import Encode
+from .model.folder import ModelFolder
+from .model.loading import Model
+from .model.readers import Encode
 from .request import Request, Round, rounds, steps_of
 from .seeds import noise_source, streams
 from .settings import applied_settings

@@ -59,7 +59,7 @@ def theirs(texts: list[str], out: Path, size: int = 1) -> float:
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, UNet2DConditionModel
     from PIL import Image
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
-    from tu_diffuse.pipeline.folder import EMBEDDED, open_folder
+    from tu_diffuse.pipeline.model.folder import EMBEDDED, open_folder
     from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
     from tu_diffuse.text_encoders.tokenizer import load_tokenizer
     from tu_diffuse.weights import load_weights
@@ -128,8 +128,8 @@ def swapping(texts: list[str], window_bytes: int, size: int) -> tuple[float, int
     from tu_diffuse.batch.items import make_items
     from tu_diffuse.batch.lines import Line
     from tu_diffuse.batch.studio import Studio
-    from tu_diffuse.pipeline.folder import open_folder
-    from tu_diffuse.pipeline.place import choose_place
+    from tu_diffuse.pipeline.model.folder import open_folder
+    from tu_diffuse.pipeline.model.place import choose_place
 
     folder = open_folder(None)
     lines = [Line(number + 1, {"prompt": text, "seed": number}, {}) for number, text in enumerate(texts)]

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from tu_diffuse.pipeline.folder import EMBEDDED
+from tu_diffuse.pipeline.model.folder import EMBEDDED
 
 folder, width = Path(sys.argv[1]), int(sys.argv[2])
 torch.manual_seed(0)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from tu_diffuse.allocator import keep_freed_memory
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.batches import ahead, batch_plan, crop_generator
 from tu_diffuse.training.config import FinetuneConfig

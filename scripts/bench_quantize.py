@@ -19,7 +19,7 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 from tu_diffuse.contracts import Conditioning
-from tu_diffuse.pipeline.quantize import quantized
+from tu_diffuse.pipeline.model.quantize import quantized
 from tu_diffuse.text_encoders.t5 import T5Config, T5Encoder
 from tu_diffuse.unet.config import UNetConfig
 from tu_diffuse.unet.residency import load_expert

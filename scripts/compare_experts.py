@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from tu_diffuse.pipeline.folder import EMBEDDED, ModelFolder, open_folder
+from tu_diffuse.pipeline.model.folder import EMBEDDED, ModelFolder, open_folder
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.config import FinetuneConfig
 from tu_diffuse.training.encode_shards import encode_shards, load_encoder

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 
 from evaluate import draw
 from oracle import CATEGORIES, Prompt, evaluation_prompts, judge, score
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
 from world import FLAG, SIDE, STAGES, Picture, all_captions, sample_scene
 
 TRAINING = "--steps 230 --batch-size 32 --lora 32 --lr 2e-3 --warmup 20 --cooldown 115 --precision bfloat16"

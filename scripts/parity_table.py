@@ -79,8 +79,8 @@ def compare(work: Path, only: str | None) -> Iterator[Row]:
 
 
 def _one_model(family: str, folder: Path, prediction: str) -> Iterator[Row]:
-    from tu_diffuse.pipeline.folder import open_folder
-    from tu_diffuse.pipeline.loading import load_model
+    from tu_diffuse.pipeline.model.folder import open_folder
+    from tu_diffuse.pipeline.model.loading import load_model
 
     pipeline, model = _pipeline(folder), load_model(open_folder(folder), dtype="float32", device="cpu")
     for sampler in SAMPLERS:
@@ -91,8 +91,8 @@ def _one_model(family: str, folder: Path, prediction: str) -> Iterator[Row]:
 
 def _base_and_refiner(base: Path, refiner: Path, prediction: str) -> Iterator[Row]:
     """The two-pipeline recipe of diffusers' documentation against one ensemble of two experts."""
-    from tu_diffuse.pipeline.folder import open_folder
-    from tu_diffuse.pipeline.loading import load_model
+    from tu_diffuse.pipeline.model.folder import open_folder
+    from tu_diffuse.pipeline.model.loading import load_model
     from tu_diffuse.training.composing import compose
     from tu_diffuse.training.intervals import sigma_of
 

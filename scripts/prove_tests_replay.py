@@ -24,8 +24,8 @@ from typing import Any
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import TuDiffuseError
 from tu_diffuse.pipeline.adapters.lora_files import find_lora, lora_sha256
-from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.metadata import read_metadata
+from tu_diffuse.pipeline.model.folder import open_folder
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 

@@ -53,8 +53,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
     def get(family: str) -> tuple[Path, Path]:
         if family not in made:
             from real_layouts import FAMILIES
-            from tu_diffuse.pipeline.convert import convert
-            from tu_diffuse.pipeline.folder import open_folder
+            from tu_diffuse.pipeline.model.convert import convert
+            from tu_diffuse.pipeline.model.folder import open_folder
 
             folder = _made(tmp_path_factory, family, FAMILIES[family])
             convert(open_folder(folder), folder.with_suffix(".safetensors"))

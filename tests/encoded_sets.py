@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from shard_sets import write
-from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.pipeline.model.folder import ModelFolder
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.encode_shards import EncodedShard, encode_shards, load_encoder
 

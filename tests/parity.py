@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import Model, load_model
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import Model, load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import text_to_image
 from tu_diffuse.vae.codec import LatentCodec

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.model.folder import open_folder
 from tu_diffuse.shards.index import index_shards
 from tu_diffuse.training.config import make_config
 from tu_diffuse.training.finetune import finetune, make_plan

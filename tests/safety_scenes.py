@@ -15,8 +15,8 @@ from typing import Any
 from shard_sets import members_of, write
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import TuDiffuseError
-from tu_diffuse.pipeline.folder import open_folder
 from tu_diffuse.pipeline.metadata import encode_picture, open_picture, read_metadata
+from tu_diffuse.pipeline.model.folder import open_folder
 from tu_diffuse.training.forking import fork
 
 

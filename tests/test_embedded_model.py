@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from recognition import find_objects
-from tu_diffuse.pipeline.folder import EMBEDDED, open_folder
-from tu_diffuse.pipeline.loading import Model, load_model
+from tu_diffuse.pipeline.model.folder import EMBEDDED, open_folder
+from tu_diffuse.pipeline.model.loading import Model, load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from ..attention import AttentionBackend
 from ..errors import UsageError
-from ..pipeline.folder import T5_ADDED, ModelFolder
-from ..pipeline.place import Place
-from ..pipeline.readers import load_conditioner, load_t5_residual, load_text
+from ..pipeline.model.folder import T5_ADDED, ModelFolder
+from ..pipeline.model.place import Place
+from ..pipeline.model.readers import load_conditioner, load_t5_residual, load_text
 from ..pipeline.staging import absent, write_file
 from ..unet.experts import ExpertText
 from .config import FinetuneConfig, make_config

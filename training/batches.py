@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UsageError
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from ..shards.index import ShardIndex
 from .loop import epoch_order, generator_for
 

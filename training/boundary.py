@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from ..shards.index import ShardIndex
 from .encoded import open_source, stored_encoding
 from .intervals import expert_of, first_timestep

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ModelError, UsageError
 from ..model_files import files_sha256, read_json, weight_files
-from ..pipeline.folder import TEXT_PARTS, ModelFolder
+from ..pipeline.model.folder import TEXT_PARTS, ModelFolder
 from ..unet.experts import ExpertEntry, ExpertText
 from .expert_files import Component, Draft, Kept, verified, write_model
 from .intervals import interval_name

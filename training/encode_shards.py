@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..attention import AttentionBackend
 from ..errors import DataError, OutputError
-from ..pipeline.folder import ModelFolder
-from ..pipeline.loading import load_codec
-from ..pipeline.place import Place
-from ..pipeline.readers import TextParts, load_text
+from ..pipeline.model.folder import ModelFolder
+from ..pipeline.model.loading import load_codec
+from ..pipeline.model.place import Place
+from ..pipeline.model.readers import TextParts, load_text
 from ..shards.check import Sample, check_shard
 from ..shards.encoded_members import ENCODED_SUFFIX, ENCODING_MEMBER, Encoding, differences
 from ..shards.index import ShardIndex

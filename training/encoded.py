@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..attention import AttentionBackend
 from ..errors import DataError, UsageError
 from ..model_files import files_sha256, weight_files
-from ..pipeline.folder import T5_ADDED, TEXT_PARTS, ModelFolder
-from ..pipeline.loading import load_codec
-from ..pipeline.place import DTYPES, Place
-from ..pipeline.readers import load_conditioner, load_t5_residual, load_text
+from ..pipeline.model.folder import T5_ADDED, TEXT_PARTS, ModelFolder
+from ..pipeline.model.loading import load_codec
+from ..pipeline.model.place import DTYPES, Place
+from ..pipeline.model.readers import load_conditioner, load_t5_residual, load_text
 from ..shards.encoded_members import METADATA, Encoding, StoredEncoding, content_sha256, differences, read_header
 from ..shards.index import ShardIndex, encoding_of
 from ..shards.specs import read_range

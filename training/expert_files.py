@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..model_files import read_json, read_weights
-from ..pipeline.folder import TEXT_PARTS, ModelFolder
+from ..pipeline.model.folder import TEXT_PARTS, ModelFolder
 from ..pipeline.staging import copy_folder, linked, staged_folder
 from ..text_encoders.clip import clip_state_dict
 from ..text_encoders.t5 import t5_state_dict

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..pipeline.folder import T5_ADDED, ModelFolder
+from ..pipeline.model.folder import T5_ADDED, ModelFolder
 from ..pipeline.staging import remove_staged, write_file
 from ..shards.encoded_members import StoredEncoding
 from ..shards.index import ShardIndex

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import ModelError, UsageError
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from ..unet.deltas import origin
 from ..unet.experts import ExpertEntry
 from .expert_files import Draft, Kept, OnBase, Weights, Whole, kept, state_of, verified, weights_for, write_model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import UsageError
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from ..schedulers.noise import NoiseSchedule
 from ..unet.experts import ExpertEntry
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, UsageError
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from ..schedulers.noise import NoiseSchedule
 from ..unet.config import UNetConfig
 from ..unet.deltas import chain, differing

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from ..unet.deltas import read_expert
 from .config import FinetuneConfig
 from .expert_files import Draft, Kept, weights_for, write_model

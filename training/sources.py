@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contracts import Conditioning
-from ..pipeline.folder import ModelFolder
-from ..pipeline.readers import AESTHETIC_SCORE, TextParts
+from ..pipeline.model.folder import ModelFolder
+from ..pipeline.model.readers import AESTHETIC_SCORE, TextParts
 from ..shards.index import ShardIndex
 from ..text_encoders.conditioner import Conditioner
 from ..text_encoders.encode import ClipPart, ClipT5Part, SdT5Part, SdxlT5Part, T5Part, embed_clip_t5, embed_t5, encode_sd, encode_sdxl, encode_t5

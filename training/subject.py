@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..contracts import Conditioning
 from ..errors import UsageError
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from ..unet.config import UNetConfig
 from ..unet.deltas import read_expert
 from ..unet.experts import ExpertEntry, ExpertText

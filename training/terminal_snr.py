@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..model_files import read_json
-from ..pipeline.folder import ModelFolder
+from ..pipeline.model.folder import ModelFolder
 from ..schedulers.noise import NoiseSchedule
 
 _RESCALING = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler")

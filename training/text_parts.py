@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from ..errors import ModelError, UsageError
 from ..model_files import read_json, read_weights, weight_files
-from ..pipeline.folder import T5_ADDED, TEXT_PARTS, ModelFolder, open_folder
 from ..pipeline.hub.found import found as pulled
 from ..pipeline.hub.models import hub_name
+from ..pipeline.model.folder import T5_ADDED, TEXT_PARTS, ModelFolder, open_folder
 from ..pipeline.staging import copy_folder, linked, staged_folder
 from ..text_encoders.clip import CLIPText, CLIPTextConfig
 from ..text_encoders.open_clip import open_clip_state_dict, open_clip_text_config

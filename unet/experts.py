@@ -147,9 +147,9 @@ class ExpertText:
     """How an expert reads prompts, where it does not read them as the rest of the model does (SDXL's refiner has one text encoder, its base two).
 
     Attributes:
-        family: see `pipeline.folder.ModelFolder.family`.
+        family: see `pipeline.model.folder.ModelFolder.family`.
         parts: part of that family, such as "text_encoder_2" -> the component of the model folder that plays it.
-        zero_negative: see `pipeline.folder.ModelFolder.zero_negative`.
+        zero_negative: see `pipeline.model.folder.ModelFolder.zero_negative`.
     """
 
     family: str

@@ -20,7 +20,7 @@ from ...errors import ModelError, UnsafeError, UsageError
 from ...text_encoders.clip import CLIPTextConfig
 from ...unet.experts import ExpertEntry
 from ...unet.lora import NOTHING, Added, LowRank, Pairs, with_pairs
-from ..folder import TEXT_PARTS, ModelFolder
+from ..model.folder import TEXT_PARTS, ModelFolder
 from .embeddings import EmbeddingFile, EmbeddingUse, checked_token, embedding_spec, fit_embedding, read_embedding_file
 from .lora_files import find_lora, lora_sha256, read_lora_file
 from .lora_fit import TEXT_PREFIX, UNET, Fit, match

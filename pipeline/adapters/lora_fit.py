@@ -17,7 +17,7 @@ from ...unet.experts import ExpertEntry
 from ...unet.lora import LowRank
 from ...unet.unet import UNet
 from ...weights import without_storage
-from ..folder import TEXT_PARTS, ModelFolder
+from ..model.folder import TEXT_PARTS, ModelFolder
 from .lora_files import LoraFile, LoraKey
 
 UNET = "unet"
@@ -137,7 +137,7 @@ def _unet(folder: ModelFolder, subfolder: str) -> nn.Module:
     try:
         own = UNetConfig.from_dict(config)
     except ModelError:
-        from ..library import empty_unet  # costs seconds of imports, so only where it is needed
+        from ..model.library import empty_unet  # costs seconds of imports, so only where it is needed
 
         return empty_unet(config)
     return without_storage(lambda: UNet(own))

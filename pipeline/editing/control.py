@@ -21,7 +21,7 @@ from ...errors import ModelError, UnsafeError, UsageError, first_line
 from ...model_files import read_headers, read_json
 from ...schedulers.schedules import SigmaSchedule
 from ...unet.denoiser import Residuals
-from ..folder import ModelFolder
+from ..model.folder import ModelFolder
 from .depth import WEIGHTS as DEPTH_WEIGHTS
 from .depth import checked_estimator, depth_map
 from .inputs import InputPicture, examined, fitted, picture_from, pixels_of
@@ -273,7 +273,7 @@ class ControlNets:
 
     def _network(self, control: Control) -> Any:
         if self._held is None or self._held[0] != control.sha256:
-            from ..library import library_control
+            from ..model.library import library_control
 
             folder = check_unchanged(Beside(control.model, control.sha256, control.path), WEIGHTS, ["config.json"])
             self._held = None

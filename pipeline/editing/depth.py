@@ -82,7 +82,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForDepthEstimation, DPTImageProcessor
     from transformers.utils import logging
 
-    from ..library import is_modest
+    from ..model.library import is_modest
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -8,9 +8,9 @@ from typing import Any
 
 from ...errors import ModelError, UsageError
 from ...model_files import files_sha256, read_headers, weight_files
-from ..allowed import refuse_code, refuse_files
 from ..hub.found import found
 from ..hub.models import origin_of
+from ..model.allowed import refuse_code, refuse_files
 
 
 @dataclass(frozen=True)

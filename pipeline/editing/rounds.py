@@ -25,7 +25,7 @@ from ...offload import device_of
 from ...schedulers.schedules import SigmaSchedule, make_schedule
 from ...schedulers.step import BoundDenoiser
 from ...vae.codec import LatentCodec, sample_posterior, to_uint8
-from ..folder import ModelFolder
+from ..model.folder import ModelFolder
 from ..request import Request, Round
 from ..seeds import draw
 from .control import hint_of

@@ -13,7 +13,7 @@ from huggingface_hub.utils import CachedRepoInfo
 
 from ...errors import TuDiffuseError, UsageError
 from ...unet.deltas import chain, expert_sha256, own_files, read_delta
-from ..folder import ModelFolder, open_folder
+from ..model.folder import ModelFolder, open_folder
 from .models import HubName, cache_folder, is_commit, origin_of
 from .pull import HubFile, matches
 

@@ -33,7 +33,7 @@ from huggingface_hub.utils import tqdm
 
 from ...errors import HubError, OutputError, TuDiffuseError, UsageError
 from ...model_files import inside, read_json
-from ..allowed import allowed_parts
+from ..model.allowed import allowed_parts
 from .choice import choose
 from .models import HubName, cache_folder, cached, is_commit, is_offline, storage_of
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from oracle import Picture, Prompt, evaluation_prompts, judge, score
 from PIL import Image, ImageDraw
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import Model, load_model
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import Model, load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture as Drawn
 from tu_diffuse.pipeline.text_to_image import text_to_image

@@ -8,8 +8,8 @@ import pytest
 from tu_diffuse.batch.items import Item, make_items
 from tu_diffuse.batch.lines import Line
 from tu_diffuse.batch.studio import Studio
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
-from tu_diffuse.pipeline.place import choose_place
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.place import choose_place
 
 MakeItems = Callable[..., list[Item]]
 MakeStudio = Callable[..., Studio]

@@ -20,7 +20,7 @@ from tu_diffuse.batch.plan import Plan, extend
 from tu_diffuse.batch.run import there
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, RenderError, UsageError
-from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.pipeline.model.folder import ModelFolder
 from whole_folders import check_complete, digests, leftovers, summary_of
 
 PICTURES, SIZE, STEPS = 16, 2, 4

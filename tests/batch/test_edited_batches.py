@@ -20,9 +20,9 @@ from tu_diffuse.batch.outcomes import generate_commands
 from tu_diffuse.batch.parking import park, taken_up
 from tu_diffuse.batch.plan import Plan, extend, load_plan, save_plan
 from tu_diffuse.cli.main import run
-from tu_diffuse.pipeline.folder import ModelFolder
-from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.metadata import read_metadata
+from tu_diffuse.pipeline.model.folder import ModelFolder
+from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 
 

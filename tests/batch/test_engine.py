@@ -17,9 +17,9 @@ from tu_diffuse.batch.items import Item
 from tu_diffuse.batch.parking import forget
 from tu_diffuse.batch.studio import Studio, memory_budget, model_bytes
 from tu_diffuse.errors import UsageError
-from tu_diffuse.pipeline.folder import ModelFolder
-from tu_diffuse.pipeline.loading import load_model
-from tu_diffuse.pipeline.place import choose_place
+from tu_diffuse.pipeline.model.folder import ModelFolder
+from tu_diffuse.pipeline.model.loading import load_model
+from tu_diffuse.pipeline.model.place import choose_place
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.schedulers.registry import SAMPLERS
 from tu_diffuse.unet.denoiser import UNetDenoiser
@@ -317,7 +317,7 @@ def test_memory(ensemble: ModelFolder):
 
 
 def _parts(folder: ModelFolder) -> Iterator[dict[str, Any]]:
-    from tu_diffuse.pipeline.describe import describe
+    from tu_diffuse.pipeline.model.describe import describe
 
     facts = describe(folder)
     yield from facts["parts"]

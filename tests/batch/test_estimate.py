@@ -9,7 +9,7 @@ import pytest
 import torch
 from tu_diffuse.batch import estimate
 from tu_diffuse.batch.plan import Plan, extend
-from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.pipeline.model.folder import ModelFolder
 
 
 def test_workers_that_share_a_device_share_its_speed(studio, items, ensemble: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from tu_diffuse.batch.lines import Problem
 from tu_diffuse.batch.outcomes import generate_commands, shared_arguments
 from tu_diffuse.cli.generate import _numbers, _pair
 from tu_diffuse.cli.main import app, run
-from tu_diffuse.pipeline.folder import EMBEDDED, ModelFolder
+from tu_diffuse.pipeline.model.folder import EMBEDDED, ModelFolder
 from tu_diffuse.pipeline.resolve import resolve
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from tu_diffuse.batch.items import Item, make_items
 from tu_diffuse.batch.lines import Line
 from tu_diffuse.batch.plan import Plan, extend, load_plan, save_plan
 from tu_diffuse.errors import DataError
-from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.pipeline.model.folder import ModelFolder
 from tu_diffuse.pipeline.output import MAX_NAME_BYTES
 from tu_diffuse.pipeline.request import DRAWING, GUIDING, READING, Request
 

@@ -18,10 +18,10 @@ from tu_diffuse.batch.studio import Studio
 from tu_diffuse.cli.main import run
 from tu_diffuse.contracts import Conditioning
 from tu_diffuse.errors import UsageError
-from tu_diffuse.pipeline import loading, readers
 from tu_diffuse.pipeline.adapters.adapters import Shelf
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import Model, load_model, texts_of
+from tu_diffuse.pipeline.model import loading, place
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import Model, load_model, texts_of
 from tu_diffuse.pipeline.replay import request_of
 from tu_diffuse.pipeline.request import EARLIER
 from tu_diffuse.pipeline.resolve import resolve, resolve_all
@@ -173,13 +173,13 @@ def test_text_encoders_are_gone_before_the_experts_come(ensemble_folder: Path, m
 
 def test_t5_is_not_loaded_where_it_is_left_out(ensemble_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[type] = []
-    real = readers.load_weights
+    real = place.fill
 
     def noting(network: Any, *arguments: Any, **options: Any) -> Any:
         loaded.append(type(network))
         return real(network, *arguments, **options)
 
-    monkeypatch.setattr(readers, "load_weights", noting)
+    monkeypatch.setattr(place, "fill", noting)
     common = ["generate", "a star", "--model", str(ensemble_folder), "--seed", "1", "--steps", "2", "--device", "cpu"]
     assert run([*common, "--no-t5", "--out", str(tmp_path / "a.png")]) == 0
     assert loaded

@@ -9,7 +9,7 @@ from picture_folders import colour, picture_folder
 from PIL import Image, ImageFont
 from tu_diffuse.batch.lettering import Lettering
 from tu_diffuse.batch.sheet import write_sheet
-from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.pipeline.model.folder import ModelFolder
 
 SIDE = 32  # of the tiny model's pictures
 HAN = "赤い星が二つと青い月が一つあります"

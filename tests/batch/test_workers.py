@@ -19,8 +19,8 @@ from tu_diffuse.batch.run import draw_missing, summarise, there
 from tu_diffuse.batch.workers import Job, draw_in_workers, shares
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import RenderError, UsageError
-from tu_diffuse.pipeline.folder import ModelFolder
-from tu_diffuse.pipeline.place import choose_device
+from tu_diffuse.pipeline.model.folder import ModelFolder
+from tu_diffuse.pipeline.model.place import choose_device
 
 PROMPTS = ("a", "b", "c", {"prompt": "d", "steps": 3}, "e", "f", "g")
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tu_diffuse.cli.experts import _suggested
 from tu_diffuse.cli.main import run
-from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.model.folder import open_folder
 from tu_diffuse.training.boundary import Suggestion
 from tu_diffuse.training.forking import put_weights
 from world import STAGES

@@ -16,8 +16,8 @@ from hub_stand_in import Hub, files_below, hub_stand_in, use_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tu_diffuse.cli.main import run
-from tu_diffuse.pipeline.describe import licence
-from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.model.describe import licence
+from tu_diffuse.pipeline.model.folder import open_folder
 
 Said = Callable[..., list[dict[str, Any]]]
 

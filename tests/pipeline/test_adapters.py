@@ -15,7 +15,7 @@ from torch import Tensor
 from tu_diffuse.errors import ModelError, UnsafeError, UsageError
 from tu_diffuse.pipeline.adapters.adapters import Shelf, lora_spec
 from tu_diffuse.pipeline.adapters.adapters import baked as added_for_good
-from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.model.folder import open_folder
 from tu_diffuse.single_file.names import ldm_names
 
 FOLDERS = ("sd1_folder", "sd2_folder", "sdxl_folder")

@@ -17,8 +17,8 @@ from tu_diffuse.batch.items import make_items
 from tu_diffuse.batch.lines import Line
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, TuDiffuseError, UnsafeError, UsageError
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import text_to_image
 from tu_diffuse.vae.codec import LatentCodec

@@ -15,10 +15,10 @@ from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, TuDiffuseError, UnsafeError, UsageError
 from tu_diffuse.pipeline.editing.depth import checked_estimator, depth_map
 from tu_diffuse.pipeline.editing.inputs import examined
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.metadata import read_metadata
-from tu_diffuse.pipeline.place import choose_place
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
+from tu_diffuse.pipeline.model.place import choose_place
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import text_to_image
 

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.convert import convert
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.model.convert import convert
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.training.forking import fork, put_weights

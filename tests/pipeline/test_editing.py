@@ -12,8 +12,8 @@ from PIL import Image
 from tu_diffuse.contracts import Conditioning
 from tu_diffuse.errors import DataError, UsageError
 from tu_diffuse.pipeline.editing.inputs import examined, fitted, located, pixels_of
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import Model, load_model
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import Model, load_model
 from tu_diffuse.pipeline.request import rounds, steps_of
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image

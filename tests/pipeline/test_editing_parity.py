@@ -9,7 +9,7 @@ import torch
 from parity import PROMPT, TOLERANCE, latents, theirs
 from PIL import Image
 from tiny_models import NOISE
-from tu_diffuse.pipeline.folder import open_folder
+from tu_diffuse.pipeline.model.folder import open_folder
 from tu_diffuse.training.composing import compose
 from tu_diffuse.training.intervals import sigma_of
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import randomised
 from tu_diffuse.errors import ModelError, UsageError
 from tu_diffuse.pipeline.adapters.adapters import Shelf
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import adapted_to, load_model
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import adapted_to, load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 from tu_diffuse.training.forking import fork, put_weights

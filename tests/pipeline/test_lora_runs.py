@@ -15,9 +15,9 @@ from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UsageError
 from tu_diffuse.pipeline.adapters.adapters import Shelf, baked
 from tu_diffuse.pipeline.adapters.lora_fit import networks_of
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import Model, adapted_to, load_model
 from tu_diffuse.pipeline.metadata import read_metadata
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import Model, adapted_to, load_model
 from tu_diffuse.pipeline.request import Request
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image

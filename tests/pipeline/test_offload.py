@@ -14,10 +14,10 @@ from torch import nn
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UsageError
 from tu_diffuse.offload import changed, device_of, offloaded, present
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_codec, load_experts, load_model
-from tu_diffuse.pipeline.place import choose_place
-from tu_diffuse.pipeline.readers import load_texts
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_codec, load_experts, load_model
+from tu_diffuse.pipeline.model.place import choose_place
+from tu_diffuse.pipeline.model.readers import load_texts
 from tu_diffuse.text_encoders.encode import ClipT5Part, encode_clip_t5
 from tu_diffuse.unet.lora import LowRank, adapted
 from tu_diffuse.vae.autoencoder import Autoencoder

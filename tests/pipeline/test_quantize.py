@@ -14,11 +14,11 @@ from PIL import Image
 from torch import nn
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import UsageError
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
-from tu_diffuse.pipeline.place import choose_place
-from tu_diffuse.pipeline.quantize import check_quantize, quantized
-from tu_diffuse.pipeline.readers import load_texts
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
+from tu_diffuse.pipeline.model.place import choose_place
+from tu_diffuse.pipeline.model.quantize import check_quantize, quantized
+from tu_diffuse.pipeline.model.readers import load_texts
 from tu_diffuse.text_encoders.encode import ClipT5Part
 from tu_diffuse.unet.lora import LowRank, adapted, with_pairs
 
@@ -100,7 +100,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch):
         choose_place(quantize="int3")
     with pytest.raises(UsageError, match="cannot be used on mps"):
         check_quantize("int8", torch.device("mps"))
-    monkeypatch.setattr("tu_diffuse.pipeline.quantize.find_spec", lambda name: None)
+    monkeypatch.setattr("tu_diffuse.pipeline.model.quantize.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="torchao, which is not installed"):
         choose_place(quantize="int8")
     assert choose_place().quantize == "none"

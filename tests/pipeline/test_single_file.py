@@ -14,9 +14,9 @@ from torch import Tensor
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UnsafeError, UsageError
 from tu_diffuse.model_files import read_headers, read_weights
-from tu_diffuse.pipeline.convert import convert
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.model.convert import convert
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Progress, text_to_image
 from tu_diffuse.text_encoders.clip import clip_state_dict

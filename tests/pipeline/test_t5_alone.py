@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
-from tu_diffuse.pipeline.readers import load_text
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
+from tu_diffuse.pipeline.model.readers import load_text
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 from tu_diffuse.text_encoders.encode import encode_t5

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from tu_diffuse.errors import RenderError
-from tu_diffuse.pipeline.fingerprint import fingerprint
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import Model, load_model
+from tu_diffuse.pipeline.model.fingerprint import fingerprint
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import Model, load_model
 from tu_diffuse.pipeline.request import batches
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.seeds import draw, noise_source, random_seed, streams

@@ -12,9 +12,9 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
 from tu_diffuse.pipeline.metadata import read_metadata
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
 
 Said = Callable[..., list[dict[str, Any]]]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from encoded_sets import write_set
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
 from tu_diffuse.shards.index import ShardIndex
 
 

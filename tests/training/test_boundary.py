@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.pipeline.model.folder import ModelFolder
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.boundary import FOLDS, Batch, border_gains, measure, suggest_boundary
 from world import STAGES

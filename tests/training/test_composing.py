@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
-from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, Progress, text_to_image
 from tu_diffuse.text_encoders.prompts import Reading, Text

@@ -13,8 +13,8 @@ from encoded_sets import CPU, encode, places, read, write_set
 from safetensors.torch import load_file, save_file
 from shard_sets import flip
 from tu_diffuse.errors import DataError, UsageError
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
-from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.text_encoders.clip import CLIPText
 from tu_diffuse.text_encoders.t5 import T5Encoder

@@ -16,7 +16,7 @@ from encoded_sets import CPU, encode, places, read, samples, write_set
 from safetensors.torch import load
 from shard_sets import flip, write
 from tu_diffuse.errors import DataError, OutputError
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
 from tu_diffuse.shards.check import check_shard
 from tu_diffuse.shards.index import ShardIndex, encoding_of
 from tu_diffuse.shards.writer import write_filtered

@@ -12,8 +12,8 @@ from expert_folders import WHOLE, assert_equal, at, draw, files, size, trained, 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tu_diffuse.errors import UsageError
-from tu_diffuse.pipeline.describe import describe, describe_experts
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.describe import describe, describe_experts
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
 from tu_diffuse.training.forking import drop, fork, put_weights
 from tu_diffuse.training.intervals import expert_of, interval_name, sigma_of
 from tu_diffuse.training.merging import merge

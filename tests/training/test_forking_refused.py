@@ -14,7 +14,7 @@ import torch
 from expert_folders import WHOLE, at, draw
 from safetensors.torch import load_file, save_file
 from tu_diffuse.errors import ModelError, OutputError, UsageError
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
 from tu_diffuse.training.forking import drop, fork, put_weights
 from tu_diffuse.training.intervals import sigma_of
 from tu_diffuse.training.merging import merge
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_nothing(plain: ModelFolder, tmp_path: Path):
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from tu_diffuse.pipeline.folder import open_folder\n"
+        "from tu_diffuse.pipeline.model.folder import open_folder\n"
         "from tu_diffuse.training.forking import fork\n"
         "from tu_diffuse.errors import OutputError\n"
         "model = open_folder(Path(sys.argv[1]))\n"

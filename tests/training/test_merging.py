@@ -9,7 +9,7 @@ import torch
 from expert_folders import WHOLE, at, draw, files, trained
 from safetensors.torch import load_file
 from tu_diffuse.errors import ModelError, UsageError
-from tu_diffuse.pipeline.folder import ModelFolder, open_folder
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
 from tu_diffuse.training.forking import drop, fork
 from tu_diffuse.training.merging import merge, merged_state
 

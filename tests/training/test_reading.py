@@ -9,7 +9,7 @@ import pytest
 import torch
 from shard_sets import members_of, write
 from tu_diffuse.errors import UsageError
-from tu_diffuse.pipeline.folder import ModelFolder
+from tu_diffuse.pipeline.model.folder import ModelFolder
 from tu_diffuse.shards.index import index_shards
 from tu_diffuse.training.batches import Fitted
 from tu_diffuse.training.config import FinetuneConfig

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, UnsafeError, UsageError
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
-from tu_diffuse.pipeline.place import choose_place
-from tu_diffuse.pipeline.readers import load_text
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
+from tu_diffuse.pipeline.model.place import choose_place
+from tu_diffuse.pipeline.model.readers import load_text
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.shards.index import index_shards

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tu_diffuse.errors import UsageError
 from tu_diffuse.pipeline.adapters.adapters import Shelf, baked
-from tu_diffuse.pipeline.folder import open_folder
-from tu_diffuse.pipeline.loading import load_model
+from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.shards.index import ShardIndex, index_shards

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict, with_rows
-from ..text_encoders.conditioner import Conditioner, ConditionerConfig
-from ..text_encoders.encode import (
+from ...text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict, with_rows
+from ...text_encoders.conditioner import Conditioner, ConditionerConfig
+from ...text_encoders.encode import (
     ClipPart,
     ClipT5Part,
     Encoded,
@@ -24,14 +24,14 @@ from ..text_encoders.encode import (
     encode_sdxl_t5,
     encode_t5,
 )
-from ..text_encoders.prompts import Text
-from ..text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
-from ..text_encoders.t5_residual import T5Residual, T5ResidualConfig
-from ..text_encoders.tokenizer import load_tokenizer, with_words
-from ..unet.experts import ExpertEntry, ExpertText
-from ..unet.lora import adapted
-from ..weights import without_storage
-from .adapters.adapters import NO_ADAPTERS, Adapters
+from ...text_encoders.prompts import Text
+from ...text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
+from ...text_encoders.t5_residual import T5Residual, T5ResidualConfig
+from ...text_encoders.tokenizer import load_tokenizer, with_words
+from ...unet.experts import ExpertEntry, ExpertText
+from ...unet.lora import adapted
+from ...weights import without_storage
+from ..adapters.adapters import NO_ADAPTERS, Adapters
 from .folder import ModelFolder
 from .place import Place, filled
 

@@ -8,13 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-from ..model_files import file_metadata, read_header, read_headers, read_json, tensor_bytes, weight_bytes, within_single_file
-from ..unet.deltas import LORA, TENSORS, chain, own_files
-from ..unet.experts import ExpertEntry
-from ..unet.lora import read_lora
+from ...errors import ModelError
+from ...model_files import file_metadata, read_header, read_headers, read_json, tensor_bytes, weight_bytes, within_single_file
+from ...unet.deltas import LORA, TENSORS, chain, own_files
+from ...unet.experts import ExpertEntry
+from ...unet.lora import read_lora
+from ..hub.models import CONFIGS, origin_of
 from .folder import ModelFolder, expert_bytes
-from .hub.models import CONFIGS, origin_of
 
 CARD_CHARACTERS = 65536  # of a model card's beginning, that are read
 

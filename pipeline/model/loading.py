@@ -8,22 +8,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from ..errors import ModelError, UsageError
-from ..text_encoders.prompts import Text
-from ..unet.config import UNetConfig
-from ..unet.residency import ExpertPool, Finish, Keep, expert_pool, identities
-from ..vae.autoencoder import Autoencoder, modernise_keys
-from ..vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
-from ..vae.codec import LatentCodec
-from ..vae.config import AutoencoderConfig
-from ..weights import without_storage
-from .adapters.adapters import NO_ADAPTERS, Adapters, Shelf
-from .editing.control import ControlNets
+from ...errors import ModelError, UsageError
+from ...text_encoders.prompts import Text
+from ...unet.config import UNetConfig
+from ...unet.residency import ExpertPool, Finish, Keep, expert_pool, identities
+from ...vae.autoencoder import Autoencoder, modernise_keys
+from ...vae.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
+from ...vae.codec import LatentCodec
+from ...vae.config import AutoencoderConfig
+from ...weights import without_storage
+from ..adapters.adapters import NO_ADAPTERS, Adapters, Shelf
+from ..editing.control import ControlNets
+from ..request import Request, rounds
 from .folder import ModelFolder, expert_bytes
 from .place import Place, choose_place, filled
 from .quantize import quantized
 from .readers import Encode, ReadersWith, having_read, load_texts, readers_of
-from .request import Request, rounds
 
 KEEP_BYTES = 4 * 2**30  # experts that are smaller on disk all stay in memory; of larger ones only the active and the next
 READ_AHEAD = 512  # requests whose prompts are all read before anything else is loaded

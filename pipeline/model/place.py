@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import AttentionBackend
-from ..errors import UsageError
-from ..model_files import read_weights
-from ..offload import offloaded
-from ..weights import fill, placed
+from ...attention import AttentionBackend
+from ...errors import UsageError
+from ...model_files import read_weights
+from ...offload import offloaded
+from ...weights import fill, placed
 from .quantize import check_quantize, quantized
 
 N = TypeVar("N", bound=nn.Module)

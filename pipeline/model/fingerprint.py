@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..model_files import weight_files
+from ...model_files import weight_files
 
 _TEXTS = (".json", ".txt", ".model")
 _SAMPLED_BLOCKS, _BLOCK = 16, 65536

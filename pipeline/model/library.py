@@ -18,14 +18,14 @@ from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..contracts import Conditioning
-from ..errors import ModelError, UsageError, first_line, out_of_memory
-from ..model_files import chosen_variant, read_headers, read_json, weight_files
-from ..unet.deltas import chain, check_hashes, expert_sha256, read_expert
-from ..unet.denoiser import Residuals
-from ..unet.experts import ExpertEntry
-from ..unet.layers import Recorder
-from ..weights import check_finite, placed
+from ...contracts import Conditioning
+from ...errors import ModelError, UsageError, first_line, out_of_memory
+from ...model_files import chosen_variant, read_headers, read_json, weight_files
+from ...unet.deltas import chain, check_hashes, expert_sha256, read_expert
+from ...unet.denoiser import Residuals
+from ...unet.experts import ExpertEntry
+from ...unet.layers import Recorder
+from ...weights import check_finite, placed
 from .folder import ModelFolder
 from .quantize import quantized
 

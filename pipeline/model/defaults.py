@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-from ..model_files import read_json
-from ..schedulers.noise import NoiseSchedule
-from ..schedulers.registry import SAMPLERS
+from ...errors import ModelError
+from ...model_files import read_json
+from ...schedulers.noise import NoiseSchedule
+from ...schedulers.registry import SAMPLERS
 
 SAMPLER_OF = {
     "DDIMScheduler": "ddim",

@@ -20,25 +20,25 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ModelError, OutputError, UsageError
-from ..model_files import read_safetensors, read_weights, single_file_layout, within_single_file
-from ..schedulers.noise import NoiseSchedule
-from ..single_file.documents import documents
-from ..single_file.layout import EMA, TEXT_PREFIXES, Layout, layout_of
-from ..single_file.writing import metadata, text_tensors, unet_tensors, vae_tensors
-from ..text_encoders.clip import CLIPTextConfig, clip_state_dict
-from ..text_encoders.clip_vocabulary import clip_merges, clip_words
-from ..text_encoders.tokenizer import load_tokenizer
-from ..unet.config import UNetConfig
-from ..unet.deltas import chain, expert_sha256, read_expert
-from ..unet.experts import write_experts
-from ..vae.autoencoder import modernise_keys
-from ..vae.config import AutoencoderConfig
-from ..weights import placed
-from .adapters.adapters import NO_ADAPTERS, Adapters, baked
+from ...errors import ModelError, OutputError, UsageError
+from ...model_files import read_safetensors, read_weights, single_file_layout, within_single_file
+from ...schedulers.noise import NoiseSchedule
+from ...single_file.documents import documents
+from ...single_file.layout import EMA, TEXT_PREFIXES, Layout, layout_of
+from ...single_file.writing import metadata, text_tensors, unet_tensors, vae_tensors
+from ...text_encoders.clip import CLIPTextConfig, clip_state_dict
+from ...text_encoders.clip_vocabulary import clip_merges, clip_words
+from ...text_encoders.tokenizer import load_tokenizer
+from ...unet.config import UNetConfig
+from ...unet.deltas import chain, expert_sha256, read_expert
+from ...unet.experts import write_experts
+from ...vae.autoencoder import modernise_keys
+from ...vae.config import AutoencoderConfig
+from ...weights import placed
+from ..adapters.adapters import NO_ADAPTERS, Adapters, baked
+from ..staging import copy_folder, staged_folder, write_file
 from .folder import ModelFolder, open_folder
 from .place import DTYPES
-from .staging import copy_folder, staged_folder, write_file
 
 _WEIGHTS = "diffusion_pytorch_model"
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"

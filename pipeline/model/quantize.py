@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError
-from ..offload import Waiting, remember
+from ...errors import UsageError
+from ...offload import Waiting, remember
 
 KINDS = ("none", "int8")
 

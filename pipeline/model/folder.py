@@ -12,19 +12,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import ModelError, UnsafeError, UsageError
-from ..model_files import has_variant, is_pickle_name, read_json, single_file_layout, weight_bytes, within_single_file
-from ..schedulers.noise import NoiseSchedule
-from ..single_file import SUFFIX
-from ..single_file.documents import documents
-from ..single_file.layout import PREDICTIONS
-from ..unet.deltas import chain, own_files
-from ..unet.experts import ExpertEntry, read_experts
+from ...errors import ModelError, UnsafeError, UsageError
+from ...model_files import has_variant, is_pickle_name, read_json, single_file_layout, weight_bytes, within_single_file
+from ...schedulers.noise import NoiseSchedule
+from ...single_file import SUFFIX
+from ...single_file.documents import documents
+from ...single_file.layout import PREDICTIONS
+from ...unet.deltas import chain, own_files
+from ...unet.experts import ExpertEntry, read_experts
+from ..hub.found import found
+from ..hub.models import origin_of
 from .allowed import allowed_parts, refuse_code, refuse_files, refuse_pickles
 from .defaults import Defaults, read_defaults
 from .fingerprint import add_sample, fingerprint
-from .hub.found import found
-from .hub.models import origin_of
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsafeError
-from ..model_files import is_pickle_name, read_json
+from ...errors import UnsafeError
+from ...model_files import is_pickle_name, read_json
+from ..hub.models import origin_of
 from .defaults import SAMPLER_OF
-from .hub.models import origin_of
 
 # (library, class) pairs that a model_index.json may name. Safety checkers and picture encoders are known and not loaded.
 _NETWORKS = {
