@@ -26,7 +26,7 @@ from .allowed import allowed_parts, refuse_code, refuse_files, refuse_pickles
 from .defaults import Defaults, read_defaults
 from .fingerprint import add_sample, fingerprint
 
-EMBEDDED = Path(__file__).parent.parent / "models" / "embedded"
+EMBEDDED = Path(__file__).parents[2] / "models" / "embedded"
 
 TEXT_PARTS = {
     "sd": ("text_encoder", "tokenizer"),
