@@ -24,8 +24,10 @@ from typing import Any
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import TuDiffuseError
 from tu_diffuse.pipeline.adapters.lora_files import find_lora, lora_sha256
+from tu_diffuse.pipeline.editing.control import checked_network
+from tu_diffuse.pipeline.editing.depth import checked_estimator
 from tu_diffuse.pipeline.metadata import read_metadata
-from tu_diffuse.pipeline.model.folder import open_folder
+from tu_diffuse.pipeline.model.folder import ModelFolder, open_folder
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -38,7 +40,7 @@ class Found:
     models: dict[str, list[Path]] = field(default_factory=dict)
     adapters: dict[str, Path] = field(default_factory=dict)
     inputs: dict[str, Path] = field(default_factory=dict)
-    controls: list[Path] = field(default_factory=list)
+    networks: list[Path] = field(default_factory=list)  # folders of ControlNets and depth models
 
 
 def look_through(root: Path) -> Found:
@@ -63,8 +65,8 @@ def look_through(root: Path) -> Found:
             if path.suffix == ".safetensors":
                 with contextlib.suppress(TuDiffuseError, OSError, ValueError):
                     found.adapters.setdefault(lora_sha256(find_lora(path)), path)
-        elif path.name == "config.json" and "ControlNet" in path.read_text(errors="replace")[:2000]:
-            found.controls.append(path.parent)
+        elif path.name == "config.json" and re.search("ControlNet|DepthEstimation", path.read_text(errors="replace")[:4000]):
+            found.networks.append(path.parent)
     return found
 
 
@@ -89,6 +91,23 @@ def needed(found: Found, settings: dict[str, Any]) -> Iterator[str]:
     yield from (f"--input={found.inputs[digest]}" for digest in set(re.findall(r"[0-9a-f]{64}", text)) & found.inputs.keys())
 
 
+def steering(found: Found, folder: ModelFolder, settings: dict[str, Any]) -> Iterator[str]:
+    """Options of `replay` for the ControlNet and the depth model."""
+    control = settings.get("control", {})
+    wanted = {control.get("sha256"), control.get("model", {}).get("sha256") if isinstance(control.get("model"), dict) else None}
+    estimator = (control.get("estimator") or {}).get("sha256")
+    for network in found.networks if control else []:
+        with contextlib.suppress(TuDiffuseError, OSError, ValueError):
+            if estimator is not None and checked_estimator(network).sha256 == estimator:
+                yield f"--control-depth-model={network}"
+                estimator = None
+                continue
+        with contextlib.suppress(TuDiffuseError, OSError, ValueError):
+            if wanted and checked_network(folder, network).sha256 in wanted:
+                yield f"--control-model={network}"
+                wanted = set()
+
+
 def again(found: Found, path: Path, settings: dict[str, Any]) -> str:
     """What became of a picture: "equal", "within rounding, drawn without its company", or the reason."""
     code, line, error = told("info", str(path))
@@ -100,14 +119,13 @@ def again(found: Found, path: Path, settings: dict[str, Any]) -> str:
     tries = [[]] if recorded.get("hash") == embedded.fingerprint else [[f"--model={model}"] for model in models]
     if not tries:
         return "the model is gone, or was changed after it"
-    controls = [[f"--control-model={control}"] for control in found.controls] if "control" in settings else [[]]
-    reason = "the ControlNet is gone"
+    reason = ""
     for model in tries:
-        for control in controls:
-            code, line, error = told("replay", str(path), *model, *control, *needed(found, settings))
-            if code == 0:
-                return "equal" if line["equal"] else "within rounding, drawn without its company"
-            reason = error.removeprefix("tu-diffuse: ") or f"different by {line.get('largest_difference')} of 255"
+        folder = open_folder(Path(model[0].removeprefix("--model=")) if model else None)
+        code, line, error = told("replay", str(path), *model, *steering(found, folder, settings), *needed(found, settings))
+        if code == 0:
+            return "equal" if line["equal"] else "within rounding, drawn without its company"
+        reason = error.removeprefix("tu-diffuse: ") or f"different by {line.get('largest_difference')} of 255"
     return reason
 
 
@@ -115,12 +133,13 @@ def main() -> None:
     """Look through, replay, tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--after", type=int, default=0, help="leave out so many pictures, of an interrupted run")
     parser.add_argument("--out", type=Path, help="file for a line for each picture")
     options = parser.parse_args()
     found = look_through(options.folder)
     print(f"{len(found.pictures)} different pictures, {sum(map(len, found.models.values()))} models", flush=True)
     became, lines = Counter[str](), list[str]()
-    for number, (path, settings) in enumerate(found.pictures):
+    for number, (path, settings) in list(enumerate(found.pictures))[options.after :]:
         what = again(found, path, settings)
         became[what] += 1
         lines.append(f"{path.relative_to(options.folder)}\t{what}")
