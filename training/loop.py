@@ -160,7 +160,10 @@ def train(
         stop = torch.tensor([float(should_stop())], device=told[0].device)
         *averaged, stopping = workers.average(parameters.values(), torch.cat([torch.stack(told).sum(0).flatten(), stop])).tolist()
         scaler.unscale_(optimizer)
-        norm = number(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
+        length = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        norm = number(length)
+        if norm > config.max_grad_norm:  # to multiply by 1 as well would read and write all gradients for nothing
+            nn.utils.clip_grads_with_norm_(parameters.values(), config.max_grad_norm, length)
         loss = averaged[2 * names.index("loss")] / config.accumulate
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)

@@ -91,7 +91,7 @@ class Join:
         """
         if isinstance(self.conditioner, Conditioner):
             keep_clip, keep_t5 = (keep.to(latents.device) for keep in (drawn.keep_clip, drawn.keep_t5))
-            return self.conditioner(**features, keep_clip=keep_clip, keep_t5=keep_t5)
+            return self.conditioner(**_without_common_pads(features), keep_clip=keep_clip, keep_t5=keep_t5)
         keep = drawn.keep_clip.to(latents.device)
         tokens = torch.where(keep[:, None, None], features["tokens"], self.empty["tokens"])
         if isinstance(self.conditioner, T5Residual):
@@ -108,6 +108,12 @@ class Join:
         height, width = (self.factor * side for side in latents.shape[2:])
         told = (AESTHETIC_SCORE,) if self.family.startswith("sdxl-refiner") else (height, width)
         return torch.cat([sizes.float(), sizes.new_tensor(told, dtype=torch.float32).expand(len(sizes), -1)], dim=1).to(latents.device)
+
+
+def _without_common_pads(features: Features) -> Features:
+    """Leave out CLIP's and T5's tokens that are pads in every row: masked, they say nothing, and captions are short beside what an encoder takes."""
+    used = {encoder: features[f"{encoder}_mask"].any(dim=0) for encoder in ("clip", "t5")}
+    return {**features, **{f"{encoder}_{what}": features[f"{encoder}_{what}"][:, used[encoder]] for encoder in used for what in ("tokens", "mask")}}
 
 
 def make_join(folder: ModelFolder, conditioner: Conditioner | T5Residual | None, empty: Features) -> Join:
