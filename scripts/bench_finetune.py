@@ -8,7 +8,7 @@ and the highest in brackets. A round times both sides one after the other, so th
 - Loader: samples read, decoded and cut, or read and unpacked, a second, with the threads of `--workers`.
 - Overhead: `training.finetune.finetune` against the same U-Nets, batches, loss and optimizer in a loop of a dozen lines. Both read encoded shards,
   where a step is shortest and the trainer's own share of it largest; the checkpoint at the end of a run is not timed.
-- Encoded against pictures: images a second of `finetune`, by what its log says.
+- Encoded against pictures: images a second of `finetune`, by what its log says, with all weights and with `--lora`.
 """
 
 import argparse
@@ -99,18 +99,21 @@ def compared(rounds: int, one: Callable[[], float], other: Callable[[], float]) 
     return statistics.median(first for first, _ in pairs), statistics.median(second for _, second in pairs), spread
 
 
-def plans(folder: ModelFolder, work: Path, options: argparse.Namespace) -> tuple[Plan, Plan]:
-    """The run on pictures and the one on what they encode to."""
+def indices(folder: ModelFolder, work: Path, options: argparse.Namespace) -> tuple[ShardIndex, ShardIndex]:
+    """Shards of pictures, and of what they encode to."""
     raw = index_shards([str(write_shard(work, 0, options.samples, STAGES["shapes"], 0, "jpg"))])
     encoder = load_encoder(folder, None, False, "float16", CPU)
     done = list(encode_shards(raw, [None] * len(raw.samples), encoder, work / "encoded", threads=options.workers))
-    encoded = index_shards([str(shard.path) for shard in done])
-    config = FinetuneConfig(shards=("world",), steps=options.steps, batch_size=options.batch_size, workers=options.workers, save_every=10**9)
+    return raw, index_shards([str(shard.path) for shard in done])
 
-    def plan(index: ShardIndex) -> Plan:
-        return make_plan(config, folder, index, range(len(index.samples)))
 
-    return plan(raw), plan(encoded)
+def plans(folder: ModelFolder, of: tuple[ShardIndex, ShardIndex], options: argparse.Namespace, lora: int | None) -> tuple[Plan, Plan]:
+    """The runs on them."""
+    config = FinetuneConfig(
+        shards=("world",), steps=options.steps, batch_size=options.batch_size, workers=options.workers, save_every=10**9, lora=lora
+    )
+    raw, encoded = (make_plan(config, folder, index, range(len(index.samples))) for index in of)
+    return raw, encoded
 
 
 def main() -> None:
@@ -119,6 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help=f"a run, a multiple of {LOG_EVERY}; the first {LOG_EVERY} are not timed")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lora", type=int, default=16, help="rank of the last comparison")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
@@ -128,7 +132,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # as the command does, for both sides
     with tempfile.TemporaryDirectory() as work:
-        raw, encoded = plans(open_folder(None), Path(work), options)
+        folder = open_folder(None)
+        both = indices(folder, Path(work), options)
+        raw, encoded = plans(folder, both, options, None)
+        raw_lora, encoded_lora = plans(folder, both, options, options.lora)
         batches = options.samples // options.batch_size
         rows = {
             "loader, samples/s: encoded, pictures": compared(
@@ -136,11 +143,14 @@ def main() -> None:
             ),
             "training, images/s: finetune, bare PyTorch loop": compared(options.rounds, lambda: our_rate(encoded), lambda: bare_rate(encoded)),
             "finetune, images/s: encoded, pictures": compared(options.rounds, lambda: our_rate(encoded), lambda: our_rate(raw)),
+            f"finetune --lora {options.lora}, images/s: encoded, pictures": compared(
+                options.rounds, lambda: our_rate(encoded_lora), lambda: our_rate(raw_lora)
+            ),
         }
     print("| what | first | second | first / second, median (lowest to highest) |\n|---|---|---|---|")
     for what, (first, second, spread) in rows.items():
         print(f"| {what} | {first:.1f} | {second:.1f} | {spread} |")
-    described = f"{options.rounds} rounds, {options.steps} steps a run, batch size {options.batch_size}, all weights"
+    described = f"{options.rounds} rounds, {options.steps} steps a run, batch size {options.batch_size}"
     print(f"\n{described}; {options.threads} PyTorch threads, {options.workers} reader threads, torch {torch.__version__}.")
 
 

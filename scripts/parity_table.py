@@ -31,7 +31,8 @@ SAMPLERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", "lcm", {"clip_sample": False}),
 }
 """Sampler -> diffusers' scheduler, our schedule, the scheduler's settings."""
-BORDERS = ("euler", "ddim", "dpmpp_2m")
+BORDERS = tuple(sampler for sampler in SAMPLERS if sampler != "heun")
+"""Samplers of the two-pipeline recipe, which hands Heun's latents over between the two halves of a step."""
 SHARE, BORDER = 0.8, 200  # denoising_end of the base, and the timestep that it stands for
 
 
@@ -50,7 +51,7 @@ class Row:
 def main() -> None:
     """Compare, print, and write the table unless one family was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", help="sd1, sd2, sdxl, t5 or sdxl+refiner")
+    parser.add_argument("--family", help="sd1, sd2, sdxl, t5, sdxl-refiner or sdxl+refiner")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md")
     options = parser.parse_args()
     rows: list[Row] = []
@@ -72,6 +73,9 @@ def compare(work: Path, only: str | None) -> Iterator[Row]:
         for prediction in ("epsilon", "v_prediction"):
             if only in (None, family):
                 yield from _one_model(family, make(work / f"{family}-{prediction}", prediction), prediction)
+    if only in (None, "sdxl-refiner"):
+        for prediction in ("epsilon", "v_prediction"):
+            yield from _refiner(real_layouts.refiner(work / f"alone-{prediction}", prediction), prediction)
     if only in (None, "sdxl+refiner"):
         for prediction in ("epsilon", "v_prediction"):
             folders = real_layouts.sdxl(work / f"base-{prediction}", prediction), real_layouts.refiner(work / f"refiner-{prediction}", prediction)
@@ -103,11 +107,34 @@ def _base_and_refiner(base: Path, refiner: Path, prediction: str) -> Iterator[Ro
     for sampler in BORDERS:
         for pipeline in (first, second):
             _use(pipeline, sampler, model)
-        common = {"negative_prompt": NEGATIVE, **_asked()}
-        latents = first(PROMPT, denoising_end=SHARE, generator=torch.Generator().manual_seed(SEED), **common).images
-        del common["width"], common["height"]
-        wanted = second(PROMPT, image=latents, denoising_start=SHARE, **common).images
+        drawn = torch.Generator().manual_seed(SEED)
+        common = {"negative_prompt": NEGATIVE, "generator": drawn, **_asked()}
+        latents = first(PROMPT, denoising_end=SHARE, **common).images
+        wanted = second(PROMPT, image=latents, denoising_start=SHARE, **_without_size(common)).images
         yield _row("sdxl+refiner", prediction, sampler, model, first, wanted)
+
+
+def _refiner(folder: Path, prediction: str) -> Iterator[Row]:
+    """The refiner alone, from noise: diffusers has only its image-to-image pipeline, which takes the noise for latents to go on from."""
+    from real_layouts import SIDE
+    from tu_diffuse.pipeline.model.folder import open_folder
+    from tu_diffuse.pipeline.model.loading import load_model
+
+    pipeline, model = _pipeline(folder), load_model(open_folder(folder), dtype="float32", device="cpu")
+    side = SIDE // model.folder.factor
+    for sampler in SAMPLERS:
+        _use(pipeline, sampler, model)
+        drawn = torch.Generator().manual_seed(SEED)
+        noise = torch.randn((1, 4, side, side), generator=drawn)
+        pipeline.scheduler.set_timesteps(STEPS)
+        started = {"image": noise * pipeline.scheduler.init_noise_sigma, "denoising_start": 0.0, "strength": 1.0, "generator": drawn}
+        wanted = pipeline(PROMPT, negative_prompt=NEGATIVE, **started, **_without_size(_asked())).images
+        yield _row("sdxl-refiner", prediction, sampler, model, pipeline, wanted)
+
+
+def _without_size(options: dict[str, Any]) -> dict[str, Any]:
+    """Options for a pipeline that takes its size from a picture."""
+    return {name: value for name, value in options.items() if name not in ("width", "height")}
 
 
 def _pipeline(folder: Path) -> Any:
@@ -194,7 +221,8 @@ def page(rows: list[Row]) -> str:
         "",
         f"`sdxl+refiner` is one ensemble of two experts (`tu-diffuse experts compose`, border at timestep {BORDER}) against diffusers' two pipelines",
         f"(`denoising_end={SHARE}`, `denoising_start={SHARE}`). `t5` is a U-Net that reads T5 alone, as DeepFloyd's does; diffusers' network",
-        "computes it on both sides.",
+        "computes it on both sides. `sdxl-refiner` starts from noise, which diffusers' image-to-image pipeline takes for latents. Heun has no cell",
+        "in the last rows: that recipe hands its latents over between the two halves of a step.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -58,9 +59,15 @@ def look_through(root: Path) -> Found:
                         found.pictures.append((path, settings))
         elif path.name in ("model_index.json", "experts.json") or (path.suffix == ".safetensors" and path.parent.name not in ("unet", "vae")):
             model = path if path.suffix == ".safetensors" else path.parent
-            for prediction in (None, "v_prediction", "epsilon") if model.is_file() else (None,):
+            variants = (
+                {None}
+                if model.is_file()
+                else {None, *(parts[1] for file in model.glob("*/*.safetensors") if len(parts := file.name.split(".")) == 3)}
+            )
+            predictions = (None, "v_prediction", "epsilon") if model.is_file() else (None,)
+            for prediction, variant in itertools.product(predictions, variants):
                 with contextlib.suppress(TuDiffuseError, OSError, ValueError):
-                    listed = found.models.setdefault(open_folder(model, prediction).fingerprint, [])
+                    listed = found.models.setdefault(open_folder(model, prediction, variant).fingerprint, [])
                     listed.extend([] if model in listed else [model])
             if path.suffix == ".safetensors":
                 with contextlib.suppress(TuDiffuseError, OSError, ValueError):
@@ -110,9 +117,9 @@ def steering(found: Found, folder: ModelFolder, settings: dict[str, Any]) -> Ite
 
 def again(found: Found, path: Path, settings: dict[str, Any]) -> str:
     """What became of a picture: "equal", "within rounding, drawn without its company", or the reason."""
-    code, line, error = told("info", str(path))
+    code, line, said = told("info", str(path))
     if code != 0:
-        return f"info: {error}"
+        return f"info: {said}"
     recorded = settings.get("model", {})
     models = found.models.get(str(recorded.get("hash")), []) if isinstance(recorded, dict) else []
     embedded = open_folder(None)
@@ -121,11 +128,15 @@ def again(found: Found, path: Path, settings: dict[str, Any]) -> str:
         return "the model is gone, or was changed after it"
     reason = ""
     for model in tries:
-        folder = open_folder(Path(model[0].removeprefix("--model=")) if model else None)
-        code, line, error = told("replay", str(path), *model, *steering(found, folder, settings), *needed(found, settings))
+        try:
+            folder = open_folder(Path(model[0].removeprefix("--model=")), variant=recorded.get("variant")) if model else embedded
+        except TuDiffuseError as error:  # such as a folder with the same weights, but as a variant
+            reason = str(error)
+            continue
+        code, line, said = told("replay", str(path), *model, *steering(found, folder, settings), *needed(found, settings))
         if code == 0:
             return "equal" if line["equal"] else "within rounding, drawn without its company"
-        reason = error.removeprefix("tu-diffuse: ") or f"different by {line.get('largest_difference')} of 255"
+        reason = said.removeprefix("tu-diffuse: ") or f"different by {line.get('largest_difference')} of 255"
     return reason
 
 

@@ -22,7 +22,7 @@ from tu_diffuse.training.config import FinetuneConfig
 from tu_diffuse.training.encoded import open_source
 from tu_diffuse.training.finetune import Plan, finetune, make_plan
 from tu_diffuse.training.loop import InterruptedRunError
-from tu_diffuse.training.objective import denoising_loss
+from tu_diffuse.training.objective import Draw, denoising_loss
 from tu_diffuse.training.sources import Source
 from tu_diffuse.vae.autoencoder import Autoencoder
 from tu_diffuse.vae.autoencoder_dc import AutoencoderDC
@@ -129,6 +129,22 @@ def test_posteriors_are_sampled_where_there_is_one(sd1_folder: Path, ensemble: M
         one, other = (source.batch(rows, [torch.Generator().manual_seed(seed + i) for i in range(2)]).latents for seed in (0, 5))
         assert torch.equal(one, other) != spread
         assert ("std" in rows[0]) == spread
+
+
+def test_pads_that_no_row_needs_are_left_out_and_change_nothing(ensemble: ModelFolder, raw: ShardIndex, tmp_path: Path) -> None:
+    encode(ensemble, raw, tmp_path / "encoded")
+    source = source_of(plan_for(ensemble, read(tmp_path / "encoded")))
+    conditioner = source.networks["conditioner"]
+    rows = [source.read(number, (32, 32), None) for number in range(3)]
+    features = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name not in ("mean", "std", "sizes")}
+    kept = torch.tensor([True, False, True]), torch.tensor([True, True, False])
+    drawn = Draw(torch.zeros(3, dtype=torch.int64), torch.zeros(3), *kept)
+    with torch.no_grad():
+        said, whole = source.batch(rows, None).said(drawn), conditioner(**features, keep_clip=kept[0], keep_t5=kept[1])
+    assert said.tokens.shape[1] < whole.tokens.shape[1]
+    torch.testing.assert_close(said.pooled, whole.pooled, atol=1e-6, rtol=0)
+    torch.testing.assert_close(said.tokens[said.mask], whole.tokens[whole.mask], atol=1e-5, rtol=0)
+    assert said.tokens[said.mask].std() > 0.1
 
 
 @pytest.fixture

@@ -164,6 +164,31 @@ def test_accumulated_micro_steps_equal_one_large_batch(tmp_path: Path) -> None:
     assert one.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("limit", [0.01, 1.0, 1e9])  # all gradients are longer, some are, none is
+def test_long_gradients_are_scaled_as_by_pytorch_itself(tmp_path: Path, limit: float) -> None:
+    def made() -> nn.Linear:
+        torch.manual_seed(0)
+        return nn.Linear(6, 1)
+
+    def loss_of(model: nn.Linear, step: int) -> Tensor:
+        rows = DATA[8 * (step % 5) :][:8]
+        return (1 + step) * (model(rows) - rows.sum(1, keepdim=True)).square().mean()
+
+    config = TrainConfig(steps=8, lr=0.05, warmup=0, cooldown=0, max_grad_norm=limit)
+    ours, theirs = made(), made()
+    train(ours, lambda step: {"loss": loss_of(ours, step)}, config, tmp_path, lambda line: None)
+    optimizer = torch.optim.AdamW(theirs.parameters(), betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate(step)
+        optimizer.zero_grad()
+        loss_of(theirs, step).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), limit)
+        optimizer.step()
+    assert torch.equal(ours.weight, theirs.weight)
+    assert not torch.allclose(ours.weight, made().weight, atol=0.1)
+
+
 @pytest.mark.parametrize("change", [{"lr": 0.04}, {"seed": 6}, {"accumulate": 2}, {"weight_decay": 0.0}])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: dict[str, float]) -> None:
     run(tmp_path)
