@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig as TheirConfig
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from tu_diffuse.text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict
 from tu_diffuse.text_encoders.conditioner import Conditioner, ConditionerConfig
-from tu_diffuse.text_encoders.encode import ClipPart, ClipT5Part, T5Part
+from tu_diffuse.text_encoders.parts import ClipPart, ClipT5Part, T5Part
 from tu_diffuse.text_encoders.t5 import T5Config, T5Encoder
 from tu_diffuse.text_encoders.tokenizer import load_tokenizer
 

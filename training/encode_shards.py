@@ -29,7 +29,7 @@ from ..shards.index import ShardIndex
 from ..shards.scan import BLOCK
 from ..shards.specs import read_range, shard_name
 from ..shards.writer import count_reasons, end_shard, make_folder, publish, samples_by_shard, shard_paths, stats_path, write_stats
-from ..text_encoders.encode import ClipT5Part
+from ..text_encoders.parts import ClipT5Part
 from ..vae.codec import LatentCodec
 from .batches import AHEAD, Fitted, ahead, bucket_of, fit, sizes_for
 from .encoded import encoding_for, pack_encoding, pack_sample

@@ -15,7 +15,8 @@ from ..pipeline.model.folder import ModelFolder
 from ..pipeline.model.readers import AESTHETIC_SCORE, TextParts
 from ..shards.index import ShardIndex
 from ..text_encoders.conditioner import Conditioner
-from ..text_encoders.encode import ClipPart, ClipT5Part, SdT5Part, SdxlT5Part, T5Part, embed_clip_t5, embed_t5, encode_sd, encode_sdxl, encode_t5
+from ..text_encoders.encode import embed_clip_t5, embed_t5, encode_sd, encode_sdxl, encode_t5
+from ..text_encoders.parts import ClipPart, ClipT5Part, SdT5Part, SdxlT5Part, T5Part
 from ..text_encoders.t5_residual import T5Residual
 from ..vae.codec import LatentCodec
 from .batches import Fitted, fit

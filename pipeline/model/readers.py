@@ -9,21 +9,8 @@ import torch
 
 from ...text_encoders.clip import CLIPText, CLIPTextConfig, clip_state_dict, with_rows
 from ...text_encoders.conditioner import Conditioner, ConditionerConfig
-from ...text_encoders.encode import (
-    ClipPart,
-    ClipT5Part,
-    Encoded,
-    SdT5Part,
-    SdxlT5Part,
-    T5Part,
-    chunk_count,
-    encode_clip_t5,
-    encode_sd,
-    encode_sd_t5,
-    encode_sdxl,
-    encode_sdxl_t5,
-    encode_t5,
-)
+from ...text_encoders.encode import Encoded, chunk_count, encode_clip_t5, encode_sd, encode_sd_t5, encode_sdxl, encode_sdxl_t5, encode_t5
+from ...text_encoders.parts import ClipPart, ClipT5Part, SdT5Part, SdxlT5Part, T5Part
 from ...text_encoders.prompts import Text
 from ...text_encoders.t5 import T5Config, T5Encoder, t5_state_dict
 from ...text_encoders.t5_residual import T5Residual, T5ResidualConfig

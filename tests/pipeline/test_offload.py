@@ -18,7 +18,8 @@ from tu_diffuse.pipeline.model.folder import open_folder
 from tu_diffuse.pipeline.model.loading import load_codec, load_experts, load_model
 from tu_diffuse.pipeline.model.place import choose_place
 from tu_diffuse.pipeline.model.readers import load_texts
-from tu_diffuse.text_encoders.encode import ClipT5Part, encode_clip_t5
+from tu_diffuse.text_encoders.encode import encode_clip_t5
+from tu_diffuse.text_encoders.parts import ClipT5Part
 from tu_diffuse.unet.lora import LowRank, adapted
 from tu_diffuse.vae.autoencoder import Autoencoder
 from tu_diffuse.vae.codec import FLOAT32_RETRY, LatentCodec

@@ -19,7 +19,7 @@ from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.pipeline.model.place import choose_place
 from tu_diffuse.pipeline.model.quantize import check_quantize, quantized
 from tu_diffuse.pipeline.model.readers import load_texts
-from tu_diffuse.text_encoders.encode import ClipT5Part
+from tu_diffuse.text_encoders.parts import ClipT5Part
 from tu_diffuse.unet.lora import LowRank, adapted, with_pairs
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")

@@ -14,7 +14,8 @@ from transformers import CLIPTokenizer
 from tu_diffuse.errors import ModelError, UsageError
 from tu_diffuse.text_encoders.clip import CLIPText
 from tu_diffuse.text_encoders.conditioner import Conditioner
-from tu_diffuse.text_encoders.encode import ClipPart, ClipT5Part, embed_clip_t5, encode_clip_t5, encode_sd, encode_sdxl
+from tu_diffuse.text_encoders.encode import embed_clip_t5, encode_clip_t5, encode_sd, encode_sdxl
+from tu_diffuse.text_encoders.parts import ClipPart, ClipT5Part
 from tu_diffuse.text_encoders.tokenizer import load_tokenizer
 
 PROMPTS = ["a red apple left of a blue star", "", "snow on the mountain, " * 30]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from text_towers import BASE_IDS, clip_t5, towers
 from torch import Tensor
 from transformers import CLIPTokenizer
-from tu_diffuse.text_encoders.encode import ClipPart, chunk_count, encode_clip_t5, encode_sd, encode_sdxl
+from tu_diffuse.text_encoders.encode import chunk_count, encode_clip_t5, encode_sd, encode_sdxl
+from tu_diffuse.text_encoders.parts import ClipPart
 from tu_diffuse.text_encoders.prompts import Part, Reading, parse
 from tu_diffuse.text_encoders.tokenizer import load_tokenizer
 

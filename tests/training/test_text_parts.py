@@ -23,7 +23,7 @@ from tu_diffuse.pipeline.model.readers import load_text
 from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.shards.index import index_shards
-from tu_diffuse.text_encoders.encode import ClipPart
+from tu_diffuse.text_encoders.parts import ClipPart
 from tu_diffuse.text_encoders.t5_residual import T5Residual, T5ResidualConfig
 from tu_diffuse.training.config import FinetuneConfig
 from tu_diffuse.training.finetune import finetune, make_plan
