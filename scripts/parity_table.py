@@ -163,24 +163,9 @@ def _asked() -> dict[str, Any]:
     return {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent", "width": SIDE, "height": SIDE}
 
 
-class _Listening:
-    """A codec that remembers the latents that it is given."""
-
-    def __init__(self, codec: Any, heard: list[Tensor]) -> None:
-        self.codec, self.heard = codec, heard
-
-    def tiled(self, axes: str | None) -> Any:
-        """As the codec does."""
-        return _Listening(self.codec.tiled(axes), self.heard)
-
-    def decode(self, latents: Tensor) -> Any:
-        """As the codec does."""
-        self.heard.append(latents)
-        return self.codec.decode(latents)
-
-
 @torch.no_grad()
 def _row(name: str, prediction: str, sampler: str, model: Any, pipeline: Any, wanted: Tensor) -> Row:
+    from parity import Listening
     from real_layouts import SIDE
     from tu_diffuse.pipeline.resolve import resolve
     from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
@@ -188,7 +173,7 @@ def _row(name: str, prediction: str, sampler: str, model: Any, pipeline: Any, wa
     settings: dict[str, Any] = {"sampler": sampler, "schedule": SAMPLERS[sampler][1], "steps": STEPS, "guidance": GUIDANCE}
     request = resolve(model.folder, PROMPT, [SEED], negative=NEGATIVE, width=SIDE, height=SIDE, **settings)
     heard: list[Tensor] = []
-    [ours] = [event.pixels for event in text_to_image(replace(model, codec=_Listening(model.codec, heard)), request) if isinstance(event, Picture)]
+    [ours] = [event.pixels for event in text_to_image(replace(model, codec=Listening(model.codec, heard)), request) if isinstance(event, Picture)]
     decoded = pipeline.image_processor.postprocess(pipeline.vae.decode(wanted / pipeline.vae.config.scaling_factor).sample, output_type="pt")[0]
     theirs = (decoded.permute(1, 2, 0) * 255).round()
     difference = float((torch.cat(heard) - wanted).abs().max())

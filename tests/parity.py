@@ -31,7 +31,7 @@ def theirs(folder: Path, kind: str = "DiffusionPipeline") -> Any:
     return pipeline
 
 
-class _Listening(LatentCodec):
+class Listening(LatentCodec):
     """A codec that remembers the latents it was given to decode."""
 
     def __init__(self, codec: LatentCodec, heard: list[Tensor]) -> None:
@@ -46,5 +46,5 @@ class _Listening(LatentCodec):
 def latents(folder: Path, **asked: Any) -> Tensor:
     """The finished latents of a request for `PROMPT`."""
     model, heard = ours(folder), list[Tensor]()
-    list(text_to_image(replace(model, codec=_Listening(model.codec, heard)), resolve(model.folder, PROMPT, **asked)))
+    list(text_to_image(replace(model, codec=Listening(model.codec, heard)), resolve(model.folder, PROMPT, **asked)))
     return torch.cat(heard)

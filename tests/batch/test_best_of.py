@@ -1,6 +1,7 @@
 """The best of several candidates, judged again by open_clip on the pictures of a run that keeps them all."""
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import CLIP_PAIR
+from torchvision.transforms.functional import pil_to_tensor, resize
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 from tu_diffuse.batch.drafts import Drawn, Lost
 from tu_diffuse.batch.journal import read_journal
-from tu_diffuse.batch.scores import Scorer, keep_best
+from tu_diffuse.batch.scores import Scorer, keep_best, load_scorer, open_score_model
 from tu_diffuse.cli.main import run
 from tu_diffuse.pipeline.metadata import read_metadata
+from tu_diffuse.pipeline.model.folder import EMBEDDED
+from tu_diffuse.text_encoders.tokenizer import load_tokenizer
+from world import STAGES, captions, render, sample_scene, swap
 
 Batch = Callable[..., tuple[int, list[dict[str, Any]]]]
 
@@ -116,10 +122,43 @@ def test_a_lost_candidate_costs_itself_only(items):
     assert lost.item.key == item.key
 
 
+def test_the_embedded_model_brings_its_own_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Judged again by transformers' own towers, on the pictures of a run that keeps all."""
+    prompts, prompt = tmp_path / "prompts.txt", "a red circle above a blue star"
+    prompts.write_text(f"{prompt} --d 7\n")
+    arguments = ["--steps", "6", "--json"]
+    assert run(["batch", str(prompts), "--out", str(tmp_path / "out"), "--best-of", "3", *arguments]) == 0
+    picture = next(event for event in map(json.loads, capsys.readouterr().out.splitlines()) if event["event"] == "picture")
+    prompts.write_text(f"{prompt} --d {','.join(picture['scores'])}\n")
+    assert run(["batch", str(prompts), "--out", str(tmp_path / "all"), *arguments]) == 0
+
+    text = CLIPTextModelWithProjection.from_pretrained(EMBEDDED / "text_encoder", dtype=torch.float32)
+    image = CLIPVisionModelWithProjection.from_pretrained(EMBEDDED / "image_encoder", dtype=torch.float32)
+    said = text(load_tokenizer(EMBEDDED / "tokenizer").encode([prompt]).ids).text_embeds
+    for path in (tmp_path / "all").glob("0*.png"):
+        with Image.open(path) as drawn:
+            seen = image(resize(pil_to_tensor(drawn.convert("RGB"))[None] / 127.5 - 1, [64, 64], antialias=True)).image_embeds
+        assert picture["scores"][str(read_metadata(path)["seed"])] == pytest.approx(100 * float(torch.cosine_similarity(seen, said)), abs=1e-2)
+    assert len(picture["scores"]) == 3
+    assert picture["score"] == max(picture["scores"].values())
+
+
+def test_the_embedded_pair_tells_right_from_exchanged():
+    """True renders of held-out scenes: the caption, against that with colours exchanged, or relation or place mirrored."""
+    score = load_scorer(open_score_model(None), torch.device("cpu")).score
+    rng, right, scenes = random.Random(0), 0, 60
+    for stage in ("shapes", "stickers") * (scenes // 2):
+        scene = sample_scene(rng, STAGES[stage], held_out=True)
+        picture = torch.from_numpy(render(scene).copy())
+        said, exchanged = (score([picture], captions(one, rng, loose=0))[0] for one in (scene, swap(scene, rng)))
+        right += said > exchanged
+    assert right >= 0.8 * scenes  # a guess would have half of them
+
+
 def test_what_cannot_score(batch: Batch, tmp_path: Path, clip_folder: Path):
     model = ["--score-model", str(clip_folder)]
     for arguments in (
-        ["--best-of", "2"],
+        ["--best-of", "2"],  # of a model that is not the embedded one
         model,
         ["--best-of", "1", *model],
         ["--best-of", "65", *model],

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from control_networks import control_network
+from parity import latents
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,20 +18,7 @@ from tu_diffuse.batch.lines import Line
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import ModelError, TuDiffuseError, UnsafeError, UsageError
 from tu_diffuse.pipeline.model.folder import open_folder
-from tu_diffuse.pipeline.model.loading import load_model
 from tu_diffuse.pipeline.resolve import resolve
-from tu_diffuse.pipeline.text_to_image import text_to_image
-from tu_diffuse.vae.codec import LatentCodec
-
-
-class _Listening(LatentCodec):
-    def __init__(self, codec: LatentCodec, heard: list[Tensor]) -> None:
-        self.__dict__.update(codec.__dict__)
-        self.heard = heard
-
-    def decode(self, latents: Tensor) -> Any:
-        self.heard.append(latents)
-        return super().decode(latents)
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +36,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _latents(folder: Path, **asked: Any) -> Tensor:
-    model, heard = load_model(open_folder(folder), dtype="float32", device="cpu"), list[Tensor]()
-    request = resolve(model.folder, "a red apple", [11], steps=6, guidance=4.0, sampler="euler", schedule="leading", **asked)
-    list(text_to_image(replace(model, codec=_Listening(model.codec, heard)), request))
-    return torch.cat(heard)
+    return latents(folder, seeds=[11], steps=6, guidance=4.0, sampler="euler", schedule="leading", **asked)
 
 
 def _wanted(kind: str, folder: Path, network: Path, picture: Path, **asked: Any) -> Tensor:
