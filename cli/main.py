@@ -25,6 +25,10 @@ from .options import EXIT_CODES
 from .replay import replay
 from .shards import app as shards
 
+NEEDS_LESS = {  # memory, by command
+    "generate": "ask for smaller pictures, or a smaller --count",
+    "finetune": "lower --batch-size, or add --gradient-checkpointing",
+}
 LONGEST_MESSAGE = 4000  # names and values that came with a file may be of any length
 
 app = typer.Typer(
@@ -101,7 +105,8 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except Exception as error:
         if out_of_memory(error):
-            return _fail("there is not enough memory; ask for smaller pictures, or a smaller --count.", 1, arguments)
+            less = NEEDS_LESS.get(arguments[0], "free some, then run the command again")
+            return _fail(f"there is not enough memory; {less}.", 1, arguments)
         return _fail(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints.", 1, arguments)
     return 0
 

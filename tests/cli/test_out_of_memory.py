@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shard_sets import members_of, write
 from tu_diffuse.cli.main import run
 from tu_diffuse.errors import DataError, out_of_memory
 
@@ -39,6 +40,16 @@ def test_generate_says_it_in_one_sentence(ensemble_folder: Path, tmp_path: Path,
     assert run(["generate", "a", "--model", str(ensemble_folder), "--steps", "1", "--out", str(tmp_path / "a.png")]) == 1
     assert capsys.readouterr().err.endswith(SENTENCE)
     assert not any(tmp_path.iterdir())
+
+
+def test_finetune_says_what_would_need_less(
+    ensemble_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write(tmp_path / "00000.tar", members_of(4))
+    monkeypatch.setattr("tu_diffuse.unet.unet.UNet.forward", refused)
+    settings = ["--steps", "1", "--batch-size", "2", "--resolution", "32", "--device", "cpu"]
+    assert run(["finetune", "--shards", str(tmp_path / "00000.tar"), "--model", str(ensemble_folder), "--out", str(tmp_path / "out"), *settings]) == 1
+    assert capsys.readouterr().err.endswith("there is not enough memory; lower --batch-size, or add --gradient-checkpointing.\n")
 
 
 def test_a_process_without_memory_says_it_in_one_sentence(ensemble_folder: Path, tmp_path: Path):
