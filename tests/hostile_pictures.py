@@ -93,7 +93,7 @@ def changed(settings: Settings) -> dict[str, Settings]:
     made: dict[str, Settings] = {}
     for key, value in settings.items():
         made[f"without {key}"] = {name: other for name, other in settings.items() if name != key}
-        for odd in _ODD:
+        for odd in (one for one in _ODD if json.dumps(one) != json.dumps(value)):
             made[f"{key} = {odd!r:.40}"] = settings | {key: odd}
         if isinstance(value, str):
             for path in _PATHS:
