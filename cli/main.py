@@ -1,5 +1,6 @@
 """The command line: `tu-diffuse COMMAND`. Every error is caught here, once, and becomes one sentence on stderr and an exit code."""
 
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from .options import EXIT_CODES
 from .replay import replay
 from .shards import app as shards
 
+UNASKED = ("torch.utils._pytree", "bitsandbytes.backends.cpu.ops")  # loggers that warn whenever torchao or bitsandbytes is imported
 NEEDS_LESS = {  # memory, by command
     "generate": "ask for smaller pictures, or a smaller --count",
     "finetune": "lower --batch-size, or add --gradient-checkpointing",
@@ -117,6 +119,8 @@ def main() -> NoReturn:
     Ends the process at once after flushing, because tearing down torch's modules one by one takes a noticeable part of a second.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    for name in UNASKED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     keep_freed_memory()
     code = run(sys.argv[1:])
     try:
