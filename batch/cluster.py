@@ -96,7 +96,7 @@ def make_task(
 ) -> Task:
     """What the workers of a cluster are told of a model and files that lie here."""
     path = None if folder.path == EMBEDDED else folder.path.absolute()
-    scores = None if clip is None else replace(clip, folder=clip.folder.absolute())
+    scores = clip if clip is None or clip.folder is None else replace(clip, folder=clip.folder.absolute())
     beside = {sha256: file.absolute() for sha256, file in files.items()}
     return Task(__version__, path, folder.fingerprint, place, torch.get_num_threads(), gib, cluster.neighbours, scores, beside, size, folder.variant)
 
@@ -330,7 +330,8 @@ class _Worker:
             raise ModelError(f"model {folder.name!r} on a machine of the cluster is not the one here; copy it to the same path on all of them.")
         if task.clip is not None:
             if open_score_model(task.clip.folder).hash != task.clip.hash:
-                raise ModelError(f"score model {task.clip.folder.name!r} on a machine of the cluster is not the one here; copy it to all of them.")
+                named = "the embedded CLIP pair" if task.clip.folder is None else f"score model {task.clip.folder.name!r}"
+                raise ModelError(f"{named} on a machine of the cluster is not the one here; copy it to all of them.")
             self._scorer = load_scorer(task.clip, task.place.device)
         for sha256, file in task.files.items():
             if not file.is_file() or lora_sha256(file) != sha256:

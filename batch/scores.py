@@ -18,8 +18,11 @@ from torch import Tensor
 from ..errors import ModelError, UsageError
 from ..model_files import read_header, read_json
 from ..pipeline.model.fingerprint import fingerprint
+from ..pipeline.model.folder import EMBEDDED
 from ..pipeline.previews import to_image
-from ..weights import check_finite
+from ..text_encoders.clip import CLIPText, CLIPTextConfig
+from ..text_encoders.tokenizer import load_tokenizer
+from ..weights import check_finite, load_weights
 from .drafts import Drawn, Lost
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
@@ -27,9 +30,9 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 @dataclass(frozen=True)
 class ScoreModel:
-    """A CLIP pair in open_clip's layout: its folder, and the fingerprint of its files."""
+    """A CLIP pair: its folder in open_clip's layout (None is the embedded model's pair), and the fingerprint of its files."""
 
-    folder: Path
+    folder: Path | None
     hash: str
 
 
@@ -46,13 +49,23 @@ class Scorer:
     score: Callable[[Sequence[Tensor], str], list[float]]
 
 
-def open_score_model(folder: Path) -> ScoreModel:
-    """Check a folder of a CLIP pair; reads no weights.
+@dataclass(frozen=True)
+class _Towers:
+    """The two sides of a pair: pictures, (height, width, 3) uint8, to (n, width) float32, and a prompt to (1, width)."""
+
+    see: Callable[[Sequence[Tensor]], Tensor]
+    read: Callable[[str], Tensor]
+
+
+def open_score_model(folder: Path | None) -> ScoreModel:
+    """Check a folder of a CLIP pair; reads no weights. None is the pair of the embedded model, which knows that model's world only.
 
     Raises:
         UsageError: the folder has no `open_clip_config.json` or no `open_clip_model.safetensors`.
         ModelError: a tower or tokenizer would have to be downloaded, or its weights are no safetensors file.
     """
+    if folder is None:
+        return ScoreModel(None, fingerprint(EMBEDDED, ["text_encoder", "tokenizer", "image_encoder"]))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UsageError(f"--score-model {folder.name!r} has no {name}; give a folder in open_clip's layout, in safetensors.")
@@ -72,31 +85,66 @@ def open_score_model(folder: Path) -> ScoreModel:
 
 
 def load_scorer(model: ScoreModel, device: torch.device) -> Scorer:
-    """Load a CLIP pair through open_clip, in float32.
+    """Load a CLIP pair in float32: the embedded one, or through open_clip.
 
     Raises:
         ModelError: open_clip cannot make it.
     """
-    import open_clip
-
-    try:
-        name = f"local-dir:{model.folder.absolute()}"
-        pair: Any = open_clip.create_model_from_pretrained(name, device=device)  # its annotations are not those of what it returns
-        tokenize = open_clip.get_tokenizer(name)
-    except Exception as error:  # whatever open_clip says of a wrong config or wrong weights
-        raise ModelError(f"open_clip cannot load the score model {model.folder.name!r} ({error!s:.300}); give another --score-model.") from None
-    clip, transform = pair
-    clip.eval()
-    for part, tensor in clip.named_parameters():
-        check_finite(part, tensor, model.folder)
+    towers = _embedded_towers(device) if model.folder is None else _open_clip_towers(model.folder, device)
 
     @torch.no_grad()
     def score(pictures: Sequence[Tensor], prompt: str) -> list[float]:
-        images = torch.stack([transform(to_image(picture)) for picture in pictures]).to(device)
-        seen, said = (F.normalize(side.float(), dim=-1) for side in (clip.encode_image(images), clip.encode_text(tokenize([prompt]).to(device))))
+        seen, said = (F.normalize(side, dim=-1) for side in (towers.see(pictures), towers.read(prompt)))
         return [round(100 * value, 4) for value in (seen @ said.T)[:, 0].tolist()]
 
     return Scorer(model.hash, score)
+
+
+def _embedded_towers(device: torch.device) -> _Towers:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    shape = CLIPTextConfig.from_dict(read_json(EMBEDDED / "text_encoder" / "config.json"))
+    text = load_weights(CLIPText(shape, projection=True), EMBEDDED / "text_encoder", "model", torch.float32, device)
+    tokenizer = load_tokenizer(EMBEDDED / "tokenizer")
+    config = CLIPVisionConfig(**read_json(EMBEDDED / "image_encoder" / "config.json"))
+    image = load_weights(CLIPVisionModelWithProjection(config), EMBEDDED / "image_encoder", "model", torch.float32, device)
+
+    def see(pictures: Sequence[Tensor]) -> Tensor:
+        pixels = torch.stack(list(pictures)).permute(0, 3, 1, 2).to(device, torch.float32) / 127.5 - 1
+        seen: Tensor = image(F.interpolate(pixels, size=config.image_size, mode="bilinear", antialias=True)).image_embeds
+        return seen
+
+    def read(prompt: str) -> Tensor:
+        projected = text(tokenizer.encode([prompt]).ids.to(device)).projected
+        assert projected is not None
+        return projected
+
+    return _Towers(see, read)
+
+
+def _open_clip_towers(folder: Path, device: torch.device) -> _Towers:
+    import open_clip
+
+    try:
+        name = f"local-dir:{folder.absolute()}"
+        pair: Any = open_clip.create_model_from_pretrained(name, device=device)  # its annotations are not those of what it returns
+        tokenize = open_clip.get_tokenizer(name)
+    except Exception as error:  # whatever open_clip says of a wrong config or wrong weights
+        raise ModelError(f"open_clip cannot load the score model {folder.name!r} ({error!s:.300}); give another --score-model.") from None
+    clip, transform = pair
+    clip.eval()
+    for part, tensor in clip.named_parameters():
+        check_finite(part, tensor, folder)
+
+    def see(pictures: Sequence[Tensor]) -> Tensor:
+        seen: Tensor = clip.encode_image(torch.stack([transform(to_image(picture)) for picture in pictures]).to(device))
+        return seen.float()
+
+    def read(prompt: str) -> Tensor:
+        said: Tensor = clip.encode_text(tokenize([prompt]).to(device))
+        return said.float()
+
+    return _Towers(see, read)
 
 
 def keep_best(results: Iterable[Drawn | Lost], scorer: Scorer) -> Iterator[Drawn | Lost]:

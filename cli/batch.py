@@ -45,10 +45,14 @@ def batch(
     memory: Annotated[float | None, typer.Option(metavar="GIB", help="Memory to stay within. [default: most of the machine's]")] = None,
     part: Annotated[str, typer.Option(metavar="K/N", help="Draw the K-th of N parts, for several processes on one folder.")] = "1/1",
     best_of: Annotated[
-        int | None, typer.Option(metavar="N", help="Draw N candidates of each picture, keep the one that --score-model likes best.")
+        int | None, typer.Option(metavar="N", help="Draw N candidates of each picture, keep the one with the highest CLIP score.")
     ] = None,
     score_model: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="CLIP pair in open_clip's layout: open_clip_config.json, open_clip_model.safetensors.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="CLIP pair in open_clip's layout: open_clip_config.json, open_clip_model.safetensors. [default: the embedded model has its own]",
+        ),
     ] = None,
     layout: Annotated[str, typer.Option(help="flat; geneval: the folders that GenEval judges, from its evaluation_metadata.jsonl.")] = "flat",
     negative: Annotated[str | None, typer.Option(help="Of lines that name none; so are all options below.")] = None,
@@ -137,6 +141,7 @@ def batch(
         named=bool(sweep) or name is not None or format is not None,
         best_of=best_of,
         score_model=score_model,
+        model=model,
         device=device,
         devices=devices,
         ray=ray,
@@ -170,7 +175,7 @@ def batch(
     where = [{"dtype": str(place.dtype), "device": place.device.type, "attention": str(place.attention)} for place in places]
     circumstances: dict[str, Any] = {name: "+".join(sorted({one[name] for one in where})) for name in where[0]}
     circumstances |= {} if quantize == "none" else {"quantize": quantize}
-    clip = None if score_model is None else open_score_model(score_model)
+    clip = None if best_of is None else open_score_model(score_model)
     if clip is not None:
         circumstances |= {"best_of": best_of, "score_model": clip.hash}
     shelf = Shelf(folder)
@@ -249,6 +254,7 @@ def _check_together(
     named: bool,
     best_of: int | None,
     score_model: Path | None,
+    model: Path | None,
     device: str,
     devices: str | None,
     ray: str | None,
@@ -268,8 +274,10 @@ def _check_together(
     if ray is not None and (devices is not None or dry_run):
         other = "--devices" if devices is not None else "--dry-run"
         raise UsageError(f"--ray and {other} contradict each other, since {other} looks at this machine; leave one of them out.")
-    if best_of is not None and score_model is None:
-        raise UsageError(f"--best-of {best_of} has nothing to score with, since no CLIP pair ships with tu-diffuse; name one with --score-model.")
+    if best_of is not None and score_model is None and model is not None:
+        raise UsageError(
+            f"--best-of {best_of} needs a CLIP pair, and the embedded model's knows no other model's pictures; name one with --score-model."
+        )
     if best_of is None and score_model is not None:
         raise UsageError("--score-model scores candidates, and there are none; give --best-of N too.")
 

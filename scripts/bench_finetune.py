@@ -119,6 +119,7 @@ def plans(folder: ModelFolder, of: tuple[ShardIndex, ShardIndex], options: argpa
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("loader", "bare", "encoded", "lora"), help="some of the comparisons")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help=f"a run, a multiple of {LOG_EVERY}; the first {LOG_EVERY} are not timed")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -137,19 +138,16 @@ def main() -> None:
         raw, encoded = plans(folder, both, options, None)
         raw_lora, encoded_lora = plans(folder, both, options, options.lora)
         batches = options.samples // options.batch_size
-        rows = {
-            "loader, samples/s: encoded, pictures": compared(
-                options.rounds, lambda: loader_rate(encoded, batches), lambda: loader_rate(raw, batches)
-            ),
-            "training, images/s: finetune, bare PyTorch loop": compared(options.rounds, lambda: our_rate(encoded), lambda: bare_rate(encoded)),
-            "finetune, images/s: encoded, pictures": compared(options.rounds, lambda: our_rate(encoded), lambda: our_rate(raw)),
-            f"finetune --lora {options.lora}, images/s: encoded, pictures": compared(
-                options.rounds, lambda: our_rate(encoded_lora), lambda: our_rate(raw_lora)
-            ),
+        rows: dict[str, tuple[str, Callable[[], float], Callable[[], float]]] = {
+            "loader": ("loader, samples/s: encoded, pictures", lambda: loader_rate(encoded, batches), lambda: loader_rate(raw, batches)),
+            "bare": ("training, images/s: finetune, bare PyTorch loop", lambda: our_rate(encoded), lambda: bare_rate(encoded)),
+            "encoded": ("finetune, images/s: encoded, pictures", lambda: our_rate(encoded), lambda: our_rate(raw)),
+            "lora": (f"finetune --lora {options.lora}, images/s: encoded, pictures", lambda: our_rate(encoded_lora), lambda: our_rate(raw_lora)),
         }
-    print("| what | first | second | first / second, median (lowest to highest) |\n|---|---|---|---|")
-    for what, (first, second, spread) in rows.items():
-        print(f"| {what} | {first:.1f} | {second:.1f} | {spread} |")
+        print("| what | first | second | first / second, median (lowest to highest) |\n|---|---|---|---|")
+        for what, one, other in (rows[name] for name in options.only or rows):
+            first, second, spread = compared(options.rounds, one, other)
+            print(f"| {what} | {first:.1f} | {second:.1f} | {spread} |", flush=True)
     described = f"{options.rounds} rounds, {options.steps} steps a run, batch size {options.batch_size}"
     print(f"\n{described}; {options.threads} PyTorch threads, {options.workers} reader threads, torch {torch.__version__}.")
 

@@ -58,6 +58,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     copy_part(build / "clip", out / "text_encoder", "model")
     copy_part(build / "t5", out / "text_encoder_2", "model")
+    copy_part(build / "image_encoder", out / "image_encoder", "model")  # scores pictures, with the first text encoder
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(build / "text" / name, out / name)
     copy_part(build / "vae", out / "vae")

@@ -41,13 +41,13 @@ class Pair(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(float(np.log(1 / 0.07))))
 
 
-def batch(tokenizer: Tokenizer, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Pictures (size, 3, 64, 64) in [-1, 1] and caption ids of one step."""
+def batch(tokenizer: Tokenizer, size: int, seed: int, step: int, side: int = SIDE) -> tuple[Tensor, Tensor]:
+    """Pictures (size, 3, side, side) in [-1, 1] and caption ids of one step."""
     rng = random.Random(f"{seed} {step}")
     scenes = [sample_scene(rng, STAGES[rng.choice(("shapes", "shapes", "stickers", "full"))]) for _ in range(size // 2)]
     scenes += [swap(scene, rng) for scene in scenes]
     tokens = tokenizer.encode([captions(scene, rng, loose=0) for scene in scenes])
-    pictures = torch.from_numpy(np.stack([render(scene, SIDE) for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pictures = torch.from_numpy(np.stack([render(scene, side) for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pictures, tokens.ids[:, : int(tokens.mask.sum(1).max())]
 
 
