@@ -90,6 +90,10 @@ def test_every_script_runs_from_nothing_to_a_picture(tmp_path: Path) -> None:
     script(
         "train_clip.py", "--text", text, "--out", str(build / "clip"), "--checkpoints", str(tmp_path / "clip"), "--steps", "2", "--batch-size", "4"
     )
+    script(
+        *("train_image_encoder.py", "--text", text, "--clip", str(build / "clip"), "--out", str(build / "image_encoder")),
+        *("--checkpoints", str(tmp_path / "image_encoder"), "--steps", "2", "--batch-size", "4"),
+    )
     script("encode_latents.py", "--vae", str(build / "vae"), "--shards", shapes, "--out", latents, "--measure")
     common = ["train_unet.py", "--text", str(build), "--latents", latents, "--batch-size", "8", "--steps", "2"]
     script(*common, "--checkpoints", str(tmp_path / "unet"), "--out", str(build / "unet"))
