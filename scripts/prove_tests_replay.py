@@ -47,7 +47,7 @@ class Found:
 def look_through(root: Path) -> Found:
     """Index a folder."""
     found, seen = Found(), set[str]()
-    for path in sorted(path for path in root.rglob("*") if path.is_file() and not path.is_symlink()):
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
         if path.suffix.lower() in PICTURES:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             found.inputs.setdefault(digest, path)
