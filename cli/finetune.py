@@ -97,7 +97,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="Refuse to begin: go on from a checkpoint that is there.")] = None,
     threads: Annotated[int | None, typer.Option(help="Of PyTorch. [default: its own choice]")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with time and memory from two steps, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, with time and memory from a few steps, and stop.")] = False,
     device: Device = "auto",
     as_json: Json = False,
     debug: Debug = False,
@@ -291,20 +291,21 @@ def _drawer(plan: "Plan", out: Path, device: Any) -> Any:
 
 
 def _measured(plan: "Plan", processes: "Workers", device: Any) -> str:
-    """Time and memory that the run will take, from two real steps in a temporary folder; memory of this process alone."""
+    """Time and memory that the run will take, from real steps in a temporary folder, at least two; memory of this process alone."""
     import resource
     import tempfile
 
     from ..training.finetune import finetune as run
     from ..training.loop import Logged
+    from ..training.turns import owned_timesteps, steps_for_all
 
+    steps = max(2, steps_for_all(owned_timesteps(plan.folder, plan.config.expert)))  # the optimizer keeps nothing of an expert before its first turn
     idle: dict[str, Any] = {"validation_share": 0.0, "prompts": (), "track": (), "resume": False}
-    short = dataclasses.replace(plan.config, steps=2, warmup=0, cooldown=None, lr_schedule=None, **idle)
-    two = dataclasses.replace(plan, config=short)
+    short = dataclasses.replace(plan.config, steps=steps, warmup=0, cooldown=None, lr_schedule=None, **idle)
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         run(
-            two,
+            dataclasses.replace(plan, config=short),
             Path(folder) / "run",
             lambda event: seconds.append(event.seconds_a_step) if isinstance(event, Logged) else None,
             workers=processes,

@@ -32,6 +32,7 @@ from tu_diffuse.training.finetune import Plan, finetune, make_plan
 from tu_diffuse.training.loop import Logged, generator_for
 from tu_diffuse.training.objective import Objective, denoising_loss, draw
 from tu_diffuse.training.subject import load_subject, predictor
+from tu_diffuse.training.turns import expert_of_step
 
 sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 from world import STAGES
@@ -69,8 +70,7 @@ def bare_rate(plan: Plan) -> float:
     subject, source = load_subject(plan.folder, None, CPU), open_source(plan.folder, plan.index, plan.stored, CPU)
     parameters = list(subject.unets.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    first, end = subject.span
-    objective = Objective(sigmas=plan.folder.noise.sigmas, t_min=first, t_max=end, prediction_type=plan.folder.noise.prediction_type)
+    noise = plan.folder.noise
     planned = batch_plan([plan.bucket_of[number] for number in plan.trained], config.batch_size, config.seed)
     made = ahead(lambda place: source.read(plan.trained[place], plan.sizes[0], None), planned, config.workers)
     started = 0.0
@@ -79,8 +79,11 @@ def bare_rate(plan: Plan) -> float:
             started = time.perf_counter()
         generator = generator_for(config.seed, step)
         batch = source.batch(rows, [generator] * len(rows))
+        expert = expert_of_step(subject.owned, step)
+        first, end = subject.owned[expert]
+        objective = Objective(sigmas=noise.sigmas, t_min=first, t_max=end, prediction_type=noise.prediction_type)
         drawn = draw(objective, tuple(batch.latents.shape), generator)
-        denoising_loss(predictor(subject, batch.said), objective, batch.latents, drawn)["loss"].backward()
+        denoising_loss(predictor(subject, expert, batch.said), objective, batch.latents, drawn)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

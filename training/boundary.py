@@ -121,7 +121,7 @@ def suggest_boundary(
 
         def loss_in(bin: int) -> Tensor:
             t = edges[bin] + (places * (edges[bin + 1] - edges[bin])).long().to(where)
-            return denoising_loss(predictor(subject, lambda _: said), objective, seen.latents, Draw(t, noise, kept, kept))["loss"]
+            return denoising_loss(predictor(subject, entry.name, lambda _: said), objective, seen.latents, Draw(t, noise, kept, kept))["loss"]
 
         return len(numbers) / each, loss_in
 

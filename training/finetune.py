@@ -40,6 +40,7 @@ from .tallies import noise_bins
 from .terminal_snr import with_zero_terminal_snr
 from .tracking import Event, Validated, check_trackers, trackers
 from .train_config import TrainConfig
+from .turns import expert_at, expert_of_step, span
 from .workers import ALONE, Workers
 
 _TIMING = ("steps", "lr_schedule", "cooldown", "save_every")  # `train` itself compares these
@@ -165,7 +166,7 @@ def finetune(
         shard(networks, where)
     if config.expert is not None and config.train != "unet" and len(plan.folder.experts) > 1:
         report(f"the text parts that are trained with {config.expert!r} change what all experts of {plan.folder.name!r} read")
-    first, end = subject.span
+    first, end = span(subject.owned)
     objective = Objective(
         sigmas=plan.folder.noise.sigmas,
         t_min=first,
@@ -248,7 +249,7 @@ def read_batches(plan: Plan, source: Source, first: int, workers: Workers = ALON
 
 
 def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, workers: Workers) -> Callable[[int], Mapping[str, Tensor]]:
-    """The loss of a micro-step; its batches are read ahead, and taken up at the step that is asked for first."""
+    """The loss of a micro-step, of the expert whose turn the step is; batches are read ahead, and taken up at the step that is asked for first."""
     config, precision = plan.config, getattr(torch, plan.config.precision)
     batches: Iterator[list[tuple[int, Any]]] = iter(())
     following = -1
@@ -259,15 +260,17 @@ def _losses(plan: Plan, subject: Subject, source: Source, objective: Objective, 
             batches = read_batches(plan, source, step, workers)
         following = step + 1
         samples = next(batches)
+        expert = expert_of_step(subject.owned, step // config.accumulate)
+        first, end = subject.owned[expert]
+        own = replace(objective, t_min=first, t_max=end)
         generator = generator_for(config.seed, step)
         posteriors = [generator_for(config.seed, (step + 1) * (1 << 20) + number) for number, _ in samples]
         batch = source.batch([row for _, row in samples], posteriors)
-        for_all = draw(objective, (config.batch_size, *batch.latents.shape[1:]), generator)
-        drawn = for_all.rows(workers.rows)
+        drawn = draw(own, (config.batch_size, *batch.latents.shape[1:]), generator).rows(workers.rows)
         said = batch.said(drawn)
-        predict = predictor(subject, lambda _: said, for_all.t if config.sharded else None)
+        predict = predictor(subject, expert, lambda _: said)
         with torch.autocast(subject.device.type, precision, enabled=precision is not torch.float32):
-            return denoising_loss(predict, objective, batch.latents, _on(drawn, subject.device))
+            return denoising_loss(predict, own, batch.latents, _on(drawn, subject.device))
 
     return loss_at
 
@@ -296,7 +299,7 @@ def validation_loss(plan: Plan, subject: Subject, source: Source, objective: Obj
             said = batch.said(drawn)
             for level in levels:
                 at = _on(replace(drawn, t=torch.full((len(numbers),), level)), subject.device)
-                predict = predictor(subject, lambda _, said=said: said)
+                predict = predictor(subject, expert_at(subject.owned, level), lambda _, said=said: said)
                 sums[level] += denoising_loss(predict, plain, batch.latents, at)["loss"].item() * len(numbers)
     return {f"t{level}": total / len(plan.held_out) for level, total in sums.items()}
 

@@ -18,8 +18,7 @@ from .expert_files import verified
 from .lora import add_adapters
 from .objective import Draw, Predict
 from .result import alpha_of
-
-MARGIN = 50  # timesteps beyond its borders that a single expert is trained on: hard disjoint ranges are fragile (MEME, arXiv 2306.04990)
+from .turns import owned_timesteps
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,31 +37,20 @@ class Subject:
     owned: dict[str, tuple[int, int]]
     device: torch.device
 
-    @property
-    def span(self) -> tuple[int, int]:
-        """First timestep trained and one past the last."""
-        return min(first for first, _ in self.owned.values()), max(end for _, end in self.owned.values())
-
 
 def load_subject(folder: ModelFolder, expert: str | None, device: torch.device) -> Subject:
-    """Load a model to train all its experts, each on the timesteps it owns, or one of them on its own and a margin.
+    """Load a model to train all its experts, or one.
 
     Raises:
         UsageError: there is no expert of that name, or it has a dot in it, which PyTorch's modules do not take.
         ModelError: weights that are missing, damaged, not those that were recorded, or do not fit.
     """
-    known = {entry.name: entry for entry in folder.experts}
-    if expert is not None and expert not in known:
-        raise UsageError(f"--expert {expert!r} is not in {folder.name!r}; it has {', '.join(known)}.")
-    entries = list(known.values()) if expert is None else [known[expert]]
+    owned = owned_timesteps(folder, expert)
+    entries = [entry for entry in folder.experts if entry.name in owned]
     for entry in entries:
         if "." in entry.name:
             raise UsageError(f"the expert {entry.name!r} has a dot in its name, which cannot be trained under it; rename it in experts.json.")
     verified(folder)
-    owned = {entry.name: _timesteps(folder, entry) for entry in entries}
-    if expert is not None:
-        (first, end), last = owned[expert], len(folder.noise.sigmas)
-        owned[expert] = (max(0, first - MARGIN), min(last, end + MARGIN))
     unets = nn.ModuleDict({entry.name: _trainable(folder, entry) for entry in entries}).to(device)
     return Subject(folder, unets, owned, device)
 
@@ -112,14 +100,6 @@ def read_as(folder: ModelFolder, expert: str | None) -> tuple[ModelFolder, Exper
     return (folder, None) if text is None else (replace(folder, family=text.family, zero_negative=text.zero_negative), text)
 
 
-def _timesteps(folder: ModelFolder, entry: ExpertEntry) -> tuple[int, int]:
-    inside = (folder.noise.sigmas >= entry.sigma_min) & (folder.noise.sigmas < entry.sigma_max)
-    numbers = inside.nonzero().flatten().tolist()
-    if not numbers:
-        raise UsageError(f"expert {entry.name!r} owns no training timestep of {folder.name!r}, so there is nothing to train it on.")
-    return numbers[0], numbers[-1] + 1
-
-
 def _trainable(folder: ModelFolder, entry: ExpertEntry) -> UNet:
     unet = UNet(UNetConfig.from_dict(folder.configs[entry.subfolder]))
     state = read_expert(folder.path / entry.subfolder)
@@ -127,34 +107,21 @@ def _trainable(folder: ModelFolder, entry: ExpertEntry) -> UNet:
     return unet.train()
 
 
-def predictor(subject: Subject, conditioning_of: Callable[[Draw], Conditioning], everywhere: Tensor | None = None) -> Predict:
-    """Bind captions to the experts: rows go to the expert that owns their timestep.
+def predictor(subject: Subject, expert: str, conditioning_of: Callable[[Draw], Conditioning]) -> Predict:
+    """Bind captions to one expert.
 
     Args:
         subject: the experts.
+        expert: the one that owns all the timesteps that it will be given.
         conditioning_of: the captions' conditioning.
-        everywhere: (n,) timesteps of all processes that share the experts. One that any of them needs is run by all, if need be on a row of another
-            whose result is not used, since its weights are put together by all at once. None when the experts are not shared.
     """
+    unet = subject.unets[expert]
+    assert isinstance(unet, UNet)
+    takes_pooled = unet.class_embedding is not None or unet.add_embedding is not None
 
     def predict(x: Tensor, t: Tensor, drawn: Draw) -> Tensor:
         said = conditioning_of(drawn)
-        asked = t if everywhere is None else everywhere
-        outputs: list[tuple[Tensor, Tensor]] = []
-        for name, (first, end) in subject.owned.items():
-            rows = ((t >= first) & (t < end)).nonzero().flatten()
-            if len(rows) or ((asked >= first) & (asked < end)).any():
-                run = rows if len(rows) else rows.new_zeros(1)
-                outputs.append((rows, _run(subject.unets[name], x[run], t[run], said, run)[: len(rows)]))
-        order = torch.cat([rows for rows, _ in outputs]).argsort()
-        return torch.cat([output for _, output in outputs])[order]
+        pooled, size_ids = said.pooled if takes_pooled else None, said.size_ids if unet.add_embedding is not None else None
+        return unet(x, t, unet.text_keys_values(said.tokens), said.mask, pooled, size_ids)
 
     return predict
-
-
-def _run(unet: nn.Module, x: Tensor, t: Tensor, said: Conditioning, rows: Tensor) -> Tensor:
-    mask, pooled, size_ids = (None if part is None else part[rows] for part in (said.mask, said.pooled, said.size_ids))
-    assert isinstance(unet, UNet)
-    takes_pooled = unet.class_embedding is not None or unet.add_embedding is not None
-    keys_values = unet.text_keys_values(said.tokens[rows])
-    return unet(x, t, keys_values, mask, pooled if takes_pooled else None, size_ids if unet.add_embedding is not None else None)

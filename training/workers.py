@@ -34,22 +34,23 @@ class Workers:
         return slice(self.rank, None, self.count)
 
     def average(self, parameters: Iterable[nn.Parameter], scalars: Tensor) -> Tensor:
-        """Replace each gradient by its mean over the processes, and return the means of `scalars` (n,); one message for all.
+        """Replace each gradient by its mean over the processes, and return the means of `scalars` (n,).
 
-        A parameter that some processes did not use, as an expert that had none of their rows, counts as zero there; one that none used keeps none.
-        The gradients of shared parameters are means already.
+        A parameter that some processes did not use counts as zero there; one that none used, as those of an expert whose turn it is not, keeps none
+        and is not sent. The gradients of shared parameters are means already.
         """
         if self.count == 1:
             return scalars
         trained = [parameter for parameter in parameters if not is_shared(parameter)]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         used = scalars.new_tensor([float(p.grad is not None) for p in trained])
-        joined = torch.cat([*(gradient.flatten() for gradient in gradients), used, scalars])
+        dist.all_reduce(used)
+        trained = [p for p, count in zip(trained, used.tolist(), strict=True) if count]
+        joined = torch.cat([*(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained), scalars])
         dist.all_reduce(joined)
         joined /= self.count
-        *means, used, scalars = joined.split([*(p.numel() for p in trained), len(trained), len(scalars)])
-        for parameter, mean, share in zip(trained, means, used.tolist(), strict=True):
-            parameter.grad = mean.view_as(parameter) if share else None
+        *means, scalars = joined.split([*(p.numel() for p in trained), len(scalars)])
+        for parameter, mean in zip(trained, means, strict=True):
+            parameter.grad = mean.view_as(parameter)
         return scalars
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tu_diffuse.pipeline.resolve import resolve
 from tu_diffuse.pipeline.text_to_image import Picture, text_to_image
 from tu_diffuse.shards.index import ShardIndex, index_shards
 from tu_diffuse.training.batches import fit
+from tu_diffuse.training.checkpoints import load_newest
 from tu_diffuse.training.config import FinetuneConfig, make_config
 from tu_diffuse.training.encoded import open_source
 from tu_diffuse.training.finetune import Plan, finetune, make_plan
@@ -26,6 +28,7 @@ from tu_diffuse.training.objective import Objective, denoising_loss, draw
 from tu_diffuse.training.result import LORA_FILE
 from tu_diffuse.training.subject import load_subject, predictor
 from tu_diffuse.training.train_config import TrainConfig
+from tu_diffuse.training.turns import expert_of_step, owned_timesteps
 from world import STAGES
 from write_shards import write_shard
 
@@ -70,7 +73,7 @@ def test_the_loss_is_that_of_diffusers_own_classes(request: pytest.FixtureReques
     batch = source.batch([source.read(i, (32, 32), None) for i in range(4)], [torch.Generator().manual_seed(i) for i in range(4)])
     latents = batch.latents
     drawn = draw(objective, tuple(latents.shape), torch.Generator().manual_seed(1))
-    ours = denoising_loss(predictor(subject, batch.said), objective, latents, drawn)["loss"]
+    ours = denoising_loss(predictor(subject, "unet", batch.said), objective, latents, drawn)["loss"]
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
     pixels = torch.stack([one.pixels for one in fitted])
@@ -290,6 +293,20 @@ def test_all_experts_are_trained_each_on_its_own_levels(ensemble_folder: Path, i
     subject = load_subject(open_folder(ensemble_folder), None, CPU)
     (first, border), (again, end) = subject.owned["low"], subject.owned["high"]
     assert (first, border, end) == (0, again, 1000)
+
+
+def test_a_step_trains_the_expert_whose_turn_it_is_and_no_other(ensemble_folder: Path, index: ShardIndex, tmp_path: Path):
+    owned = owned_timesteps(open_folder(ensemble_folder), None)
+    weights: list[dict[str, Tensor]] = []
+    for steps in range(1, 5):
+        run(plan_for(ensemble_folder, index, steps=steps, save_every=1, warmup=0), tmp_path / str(steps))
+        found = load_newest(tmp_path / str(steps) / "checkpoints")
+        assert found is not None
+        weights.append(found.model)
+    for step, (before, after) in enumerate(pairwise(weights), 1):
+        changed = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
+        assert changed == {expert_of_step(owned, step)}
+    assert {expert_of_step(owned, step) for step in range(1, 4)} == {"low", "high"}
 
 
 def test_an_expert_with_a_dot_in_its_name_is_refused(ensemble_folder: Path) -> None:
