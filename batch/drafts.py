@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from traceback import clear_frames
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,15 @@ from ..schedulers.step import stages
 from ..vae.codec import LatentCodec, to_uint8
 from .items import Item
 from .studio import Said, Studio, on_device
+
+Result = TypeVar("Result")
+Settle = Callable[[], bool]
+"""Waits until nothing else computes on the device; whether there was anything to wait for."""
+
+
+def alone() -> bool:
+    """Nothing else computes."""
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +129,7 @@ class Draft:
 
 
 @torch.no_grad()
-def begin(studio: Studio, items: Sequence[Item]) -> Draft:
+def begin(studio: Studio, items: Sequence[Item], settle: Settle = alone) -> Draft:
     """Encode the prompts of a batch, for all rounds.
 
     Items whose prompt cannot be read (words beyond the limits in a strict request, out of memory), or whose pictures are gone, are lost; the others
@@ -131,7 +141,7 @@ def begin(studio: Studio, items: Sequence[Item]) -> Draft:
     for item in items:
         try:
             with_pictures(item.request, unchanged)
-            read = tuple(studio.read(item.request, part) for part in rounds(item.request))
+            read = tuple(_with_room(partial(studio.read, item.request, part), settle) for part in rounds(item.request))
             words_lost(_overflow(read), item.request.strict)
         except UsageError as error:
             lost.append(Lost(item, str(error)))
@@ -152,7 +162,7 @@ def begin(studio: Studio, items: Sequence[Item]) -> Draft:
 
 
 @torch.no_grad()
-def open_round(studio: Studio, draft: Draft) -> Draft:
+def open_round(studio: Studio, draft: Draft, settle: Settle = alone) -> Draft:
     """Open the next round of a batch: draw its noise, and encode the pictures that it begins with.
 
     Out of memory, or where the VAE fails, all rows are lost: pictures are encoded one at a time.
@@ -162,18 +172,23 @@ def open_round(studio: Studio, draft: Draft) -> Draft:
     number, folder, device = draft.round + 1, studio.folder, studio.place.device
     part = draft.parts[number]
     schedule = round_schedule(folder, draft.request, part)
-    generators = tuple(torch.Generator("cpu").set_state(state) for state in draft.noise)
     codec = partial(_tiled_codec, studio, draft.request)
-    drawn = draft.latents.to(device) * draft.schedule.final_scale if number else None
+    requests = [item.request for item in draft.items]
+
+    def begun() -> tuple[Start, tuple[Tensor, ...]]:
+        generators = tuple(torch.Generator("cpu").set_state(state) for state in draft.noise)
+        drawn = draft.latents.to(device) * draft.schedule.final_scale if number else None
+        start = begin_round(folder, codec, device, requests, part, schedule, generators, drawn).to("cpu")
+        return start, tuple(generator.get_state() for generator in generators)
+
     try:
-        start = begin_round(folder, codec, device, [item.request for item in draft.items], part, schedule, generators, drawn).to("cpu")
+        start, noise = _with_room(begun, settle)
     except (MemoryError, RuntimeError, UsageError, RenderError) as error:
         if not isinstance(error, UsageError | RenderError) and not out_of_memory(error):
             raise
         free_memory(device)
         said = f"{device.type} ran out of memory encoding {part.width}×{part.height}; make it smaller." if out_of_memory(error) else str(error)
         return replace(draft.rows([]), round=number, lost=(*draft.lost, *(Lost(item, said) for item in draft.items)))
-    noise = tuple(generator.get_state() for generator in generators)
     fallbacks = tuple(dict.fromkeys((*draft.fallbacks, *start.fallbacks)))
     return replace(draft, round=number, stage=0, schedule=schedule, start=start, latents=start.latents, noise=noise, fallbacks=fallbacks)
 
@@ -183,7 +198,7 @@ def _tiled_codec(studio: Studio, request: Request) -> LatentCodec:
 
 
 @torch.no_grad()
-def advance(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Draft:
+def advance(studio: Studio, draft: Draft, tell: Callable[[Stepped], None], settle: Settle = alone) -> Draft:
     """Do the next stage of a batch: all the steps of one expert.
 
     Out of memory, the rows are halved down to one, which is then lost; each half has the same noise as before.
@@ -192,7 +207,7 @@ def advance(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> Dr
         TuDiffuseError: the expert cannot be loaded.
     """
     try:
-        return _advanced(studio, draft, tell)
+        return _with_room(partial(_advanced, studio, draft, tell), settle)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -249,30 +264,49 @@ def _advanced(studio: Studio, draft: Draft, tell: Callable[[Stepped], None]) -> 
     return replace(draft, latents=latents.cpu(), noise=noise, stage=draft.stage + 1, used=tuple(used))
 
 
+def finish(studio: Studio, draft: Draft, settle: Settle = alone) -> Iterator[Drawn | Lost]:
+    """Decode a batch whose stages are all done, one picture at a time; one that is not finite is lost, its neighbours are not.
+
+    The codec is loaded by the call, which must therefore be where the rest is loaded; each picture is decoded when it is asked for, in any thread.
+    """
+    return _decoded(studio, draft, _tiled_codec(studio, draft.request), settle) if draft.items else iter(draft.lost)
+
+
 @torch.no_grad()
-def finish(studio: Studio, draft: Draft) -> Iterator[Drawn | Lost]:
-    """Decode a batch whose stages are all done, one picture at a time; one that is not finite is lost, its neighbours are not."""
+def _decoded(studio: Studio, draft: Draft, codec: LatentCodec, settle: Settle) -> Iterator[Drawn | Lost]:
     yield from draft.lost
-    if not draft.items:
-        return
-    codec, part = _tiled_codec(studio, draft.request), draft.parts[-1]
+    part, device = draft.parts[-1], studio.place.device
     for row, item in enumerate(draft.items):
+        latents = draft.latents[row : row + 1] * draft.schedule.final_scale
         try:
-            decoded = codec.decode(draft.latents[row : row + 1].to(studio.place.device) * draft.schedule.final_scale)
+            decoded = _with_room(lambda latents=latents: codec.decode(latents.to(device)), settle)
         except RenderError as error:
             yield Lost(item, str(error))
             continue
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            free_memory(studio.place.device)
-            yield Lost(item, f"{studio.place.device.type} ran out of memory decoding {part.width}×{part.height}; make it smaller.")
+            free_memory(device)
+            yield Lost(item, f"{device.type} ran out of memory decoding {part.width}×{part.height}; make it smaller.")
             continue
         truncated = words_lost(_overflow(draft.said[row]), strict=False)
         fallbacks = [*studio.fallbacks, *draft.fallbacks, *decoded.fallbacks[0]]
         settings = applied_settings(studio.folder, studio.place, item.request, item.seed, list(draft.used), truncated, fallbacks)
         pixels = composited(to_uint8(decoded.pixels)[0].cpu(), item.request.edit, part)
         yield Drawn(item, pixels, settings | {"item": item.key, "company": len(draft.items) - 1})
+
+
+def _with_room(work: Callable[[], Result], settle: Settle) -> Result:
+    """Do it; where memory runs out while something else computed beside it, once more when that is done."""
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        clear_frames(error.__traceback__)  # they hold tensors
+        if not settle():
+            raise
+    return work()
 
 
 def free_memory(device: torch.device) -> None:

@@ -11,7 +11,7 @@ Either way a batch is computed in the same company, so its pixels are the same.
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .drafts import Draft, Drawn, Lost, Stepped, advance, begin, finish, open_round
+from .drafts import Draft, Drawn, Lost, Settle, Stepped, advance, alone, begin, finish, open_round
 from .items import Item
 from .parking import park, taken_up
 from .studio import Studio
@@ -21,7 +21,13 @@ Tell = Callable[[Stepped], None]
 
 
 def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: Path | None, tell: Tell) -> Iterator[Drawn | Lost]:
-    """Draw batches.
+    """Draw batches: each item's picture, or why there is none. See `denoise`."""
+    for draft in denoise(studio, batches, window_bytes, folder, tell):
+        yield from finish(studio, draft)
+
+
+def denoise(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: Path | None, tell: Tell, settle: Settle = alone) -> Iterator[Draft]:
+    """Draw batches up to their decoding.
 
     Args:
         studio: the model; whether it is roomy decides the order.
@@ -29,21 +35,22 @@ def render(studio: Studio, batches: Sequence[Batch], window_bytes: int, folder: 
         window_bytes: most bytes that the drafts of a window take, where the model does not fit in memory.
         folder: where drafts of a window are parked; `parking.forget` them when their pictures are safe. None parks none.
         tell: told after each step; may raise to stop.
+        settle: see `drafts.Settle`; asked when memory runs out, before what took it is tried once more.
 
     Yields:
-        Each item's picture, or why there is none.
+        Each batch, to be given to `drafts.finish` before the next is asked for. Where the studio is roomy, decoding may go on beside the next one.
 
     Raises:
         TuDiffuseError: a part of the model cannot be loaded.
     """
     if studio.roomy:
         for batch in batches:
-            draft = begin(studio, batch)
+            draft = begin(studio, batch, settle)
             for _ in draft.parts:
-                draft = open_round(studio, draft)
+                draft = open_round(studio, draft, settle)
                 while draft.next_expert(studio) is not None:
-                    draft = advance(studio, draft, tell)
-            yield from finish(studio, draft)
+                    draft = advance(studio, draft, tell, settle)
+            yield draft
         return
     waiting = list(batches)
     while waiting:
@@ -63,7 +70,7 @@ def _open_window(studio: Studio, waiting: list[Batch], window_bytes: int, folder
     return opened if folder is None else [(batch, taken_up(studio.folder, draft, batch, folder)) for batch, draft in opened]
 
 
-def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path | None, tell: Tell) -> Iterator[Drawn | Lost]:
+def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path | None, tell: Tell) -> Iterator[Draft]:
     """Round by round, and expert by expert through the window."""
     for number in range(max(len(draft.parts) for _, draft in window)):
         for i, (batch, draft) in enumerate(window):
@@ -71,7 +78,7 @@ def _window(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path | No
                 window[i] = batch, open_round(studio, draft)
         _through_experts(studio, window, folder, tell)
     for _, draft in window:
-        yield from finish(studio, draft)
+        yield draft
 
 
 def _through_experts(studio: Studio, window: list[tuple[Batch, Draft]], folder: Path | None, tell: Tell) -> None:

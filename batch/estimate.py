@@ -54,7 +54,7 @@ def expect(studio: Studio, plan: Plan, out: Path, part: tuple[int, int], window_
         plan: what is asked for; nothing is written.
         out: the folder.
         part: see `run.draw_missing`.
-        window_bytes: see `engine.render`.
+        window_bytes: see `engine.denoise`.
         places: of all workers that share the batches; those that share a place share its speed, too.
     """
     done = there(plan, out)

@@ -10,20 +10,20 @@ Beside them lie contact-sheet.png (sheet.py) and gallery.html (gallery.py).
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from ..errors import DataError
 from ..pipeline.metadata import encode_picture, read_metadata
 from ..pipeline.output import candidates
 from ..pipeline.previews import to_image
-from .drafts import Drawn, Lost, Stepped
-from .engine import render
+from .drafts import Drawn, Lost, Stepped, finish
+from .engine import Batch, denoise
 from .files import publish
 from .files import replace as write_whole
 from .items import Item
@@ -124,7 +124,8 @@ def draw_missing(
 ) -> None:
     """Draw what is not done, each item in its planned batch.
 
-    The pictures of a batch are written while it is decoded and during the first step of the next, so no more than that is ever lost to a kill.
+    The pictures of a batch are written while it is decoded and during the first step of the next, so no more than that is ever lost to a kill. Where
+    the studio decodes beside, they are decoded meanwhile too.
 
     Args:
         studio: the model.
@@ -132,7 +133,7 @@ def draw_missing(
         done: from `settle`.
         out: the folder.
         part: (number, of how many) of the batches.
-        window_bytes: see `engine.render`.
+        window_bytes: see `engine.denoise`.
         tell: told after each step; may raise to stop, which loses no finished picture.
         kept: told, in the thread that writes, of each item that was drawn or lost, once it is in the journal; never at the same time as `tell`.
         scorer: of candidates, where items have some.
@@ -142,31 +143,46 @@ def draw_missing(
         TuDiffuseError: a part of the model cannot be loaded.
     """
     missing = missing_items(plan, done)
-    mine = missing_batches(plan, missing, part)
-    batches = [drawn_together(batch) for batch in mine]
-    batch_of = {planned.item.key: items for batch, items in zip(mine, batches, strict=True) for planned in batch}
+    batches = [drawn_together(batch) for batch in missing_batches(plan, missing, part)]
+    decoding: deque[Future[None]] = deque()
     writing: deque[Future[None]] = deque()
-    decoded: list[list[Item]] = []
+    begun: list[Batch] = []
+    drawing_pauses = Event()
 
-    def written() -> None:
+    def written() -> bool:
+        """Wait until the batches that were begun are written; whether any was still being decoded."""
+        drawing_pauses.set()
+        busy = bool(decoding)
+        while decoding:
+            decoding.popleft().result()
+        drawing_pauses.clear()
         while writing:
             writing.popleft().result()
-        while decoded:
-            forget(decoded.pop(), out)
+        while begun:
+            forget(begun.pop(), out)
+        return busy
 
     def stepped(event: Stepped) -> None:
         written()
         tell(event)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-        results = render(studio, batches, window_bytes, out, stepped)
-        for batch, finished in groupby(results if scorer is None else keep_best(results, scorer), lambda result: batch_of[result.item.key]):
+    def write(results: Iterable[Drawn | Lost]) -> None:
+        for result in results if scorer is None else keep_best(results, scorer):
+            if result.item.key in missing:
+                writing.append(writer.submit(_encode_and_keep, missing[result.item.key], result, out, kept))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer, ThreadPoolExecutor(1, thread_name_prefix="decoder") as decoder:
+        try:
+            for batch, draft in zip(batches, denoise(studio, batches, window_bytes, out, stepped, written), strict=True):
+                written()
+                if studio.decodes_beside:
+                    decoding.append(decoder.submit(write, finish(studio, draft, drawing_pauses.wait)))
+                else:
+                    write(finish(studio, draft))
+                begun.append(batch)
             written()
-            for result in finished:
-                if result.item.key in missing:
-                    writing.append(writer.submit(_encode_and_keep, missing[result.item.key], result, out, kept))
-            decoded.append(batch)
-        written()
+        finally:
+            drawing_pauses.set()  # the decoder may wait for it
 
 
 def forget_finished(plan: Plan, done: Mapping[str, Entry], out: Path) -> None:

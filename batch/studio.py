@@ -126,6 +126,14 @@ class Studio:
         return self._codec
 
     @property
+    def decodes_beside(self) -> bool:
+        """Whether pictures are decoded while the next batch is drawn: with CUDA, when all parts stay in memory.
+
+        On a CPU both would want the same cores (docs/batch.md has what that costs), and MPS takes work from one thread at a time.
+        """
+        return self.roomy and self.place.device.type == "cuda" and not self.place.offload
+
+    @property
     def loads(self) -> dict[str, int]:
         """How often each part was loaded."""
         now = Counter() if self._experts is None else self._experts.loads

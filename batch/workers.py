@@ -39,7 +39,7 @@ class Job:
         model: folder of the model.
         place: where it computes.
         roomy: see `Studio`.
-        window_bytes: see `engine.render`.
+        window_bytes: see `engine.denoise`.
         plan: its share.
         out: folder of the pictures.
         clip: what scores candidates, where items have some.

@@ -13,6 +13,10 @@ highest memory of each process.
 
 draws with one part of the model in memory at a time: expert by expert through all prompts, as `batch --memory` does, against prompt by prompt, which
 loads every part for every prompt.
+
+    python scripts/bench_batch.py --decoding --rounds 5
+
+compares `tu-diffuse batch` with itself, with each batch decoded in a thread of its own while the next one is drawn, as it does with CUDA.
 """
 
 import argparse
@@ -51,6 +55,14 @@ def ours(texts: list[str], out: Path) -> float:
     if run(["batch", str(out / "prompts.txt"), "--out", str(out / "pictures")]) != 0:
         raise SystemExit("the batch failed")
     return time.perf_counter() - started
+
+
+def beside(texts: list[str], out: Path) -> float:
+    """Seconds that `tu-diffuse batch` takes when it decodes beside drawing."""
+    from tu_diffuse.batch.studio import Studio
+
+    setattr(Studio, "decodes_beside", True)  # noqa: B010  # a property
+    return ours(texts, out)
 
 
 def theirs(texts: list[str], out: Path, size: int = 1) -> float:
@@ -162,7 +174,7 @@ def compare_swapping(texts: list[str], rounds: int) -> None:
         print(f"{name}: {values[0][1]} loads, {statistics.median(seconds):.1f} s (median), {spread(ratios)} times the first")
 
 
-CONTENDERS: dict[str, Callable[[list[str], Path], float]] = {"ours": ours, "plain": theirs, "batched": batched}
+CONTENDERS: dict[str, Callable[[list[str], Path], float]] = {"ours": ours, "plain": theirs, "batched": batched, "beside": beside}
 
 
 def measured(name: str, texts: list[str], results: "multiprocessing.Queue[tuple[float, float]]") -> None:
@@ -204,6 +216,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--swapping", action="store_true", help="compare orders of work with one part of the model in memory")
+    parser.add_argument("--decoding", action="store_true", help="compare decoding beside drawing with decoding between")
     options = parser.parse_args()
     texts = prompts(options.prompts)
     if options.swapping:
@@ -211,11 +224,12 @@ def main() -> None:
         return
     print(f"largest difference of the first 8 pictures: {agree(texts[:8])} of 255")
     context = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    memory = dict.fromkeys(CONTENDERS, 0.0)
+    contenders = ("ours", "beside") if options.decoding else ("ours", "plain", "batched")
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    memory = dict.fromkeys(contenders, 0.0)
     for number in range(options.rounds):
-        names = list(CONTENDERS)
-        for name in names[number % 3 :] + names[: number % 3]:
+        turn = number % len(contenders)
+        for name in contenders[turn:] + contenders[:turn]:
             results: multiprocessing.Queue[tuple[float, float]] = context.Queue()
             process = context.Process(target=measured, args=(name, texts, results))
             process.start()
