@@ -40,8 +40,8 @@ BATCH = 16
 def prompts(count: int) -> list[str]:
     """Distinct prompts of the embedded model's world."""
     things = [f"{colour} {shape}" for colour, shape in itertools.product(COLOURS, SHAPES)]
-    pairs = ((a, b) for a, b in itertools.product(things, things) if a != b)
-    return [f"a {a} to the left of a {b}" for a, b in itertools.islice(pairs, 0, 37 * count, 37)]
+    pairs = list(itertools.permutations(things, 2))  # 4032, which 37 does not divide
+    return [f"a {a} to the left of a {b}" for a, b in (pairs[37 * number % len(pairs)] for number in range(count))]
 
 
 def ours(texts: list[str], out: Path) -> float:
