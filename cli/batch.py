@@ -141,7 +141,6 @@ def batch(
         named=bool(sweep) or name is not None or format is not None,
         best_of=best_of,
         score_model=score_model,
-        model=model,
         device=device,
         devices=devices,
         ray=ray,
@@ -167,6 +166,10 @@ def batch(
 
     file = _read(prompts, kind) if layout == "flat" else geneval.judged(_read(prompts, kind, geneval.KEYS))
     folder = open_folder(model, prediction_type, variant)
+    if best_of is not None and score_model is None and folder.fingerprint != open_folder(None).fingerprint:
+        raise UsageError(
+            f"--best-of {best_of} needs a CLIP pair, and the embedded model's knows no other model's pictures; name one with --score-model."
+        )
     reporter = Reporter(as_json, out)
     placed = (device if devices is None else devices).split(",")
     rays = None if ray is None else context.with_resource(cluster.connected(ray, device))
@@ -254,7 +257,6 @@ def _check_together(
     named: bool,
     best_of: int | None,
     score_model: Path | None,
-    model: Path | None,
     device: str,
     devices: str | None,
     ray: str | None,
@@ -274,10 +276,6 @@ def _check_together(
     if ray is not None and (devices is not None or dry_run):
         other = "--devices" if devices is not None else "--dry-run"
         raise UsageError(f"--ray and {other} contradict each other, since {other} looks at this machine; leave one of them out.")
-    if best_of is not None and score_model is None and model is not None:
-        raise UsageError(
-            f"--best-of {best_of} needs a CLIP pair, and the embedded model's knows no other model's pictures; name one with --score-model."
-        )
     if best_of is None and score_model is not None:
         raise UsageError("--score-model scores candidates, and there are none; give --best-of N too.")
 

@@ -73,12 +73,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards, the run and the results")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind that are scored")
+    parser.add_argument("--samples", type=int, default=1000, help="pictures in the shards")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--training", default=TRAINING, help="options of `tu-diffuse finetune`")
     options = parser.parse_args()
     shards, encoded, run = (options.out / name for name in ("shards", "encoded", "run"))
     program = [sys.executable, str(Path(__file__).parent / "embedded" / "write_shards.py")]
-    subprocess.run([*program, *["--stage", "flag", "--count", "1000", "--seed", "5", "--encode-format", "png", "--out"], str(shards)], check=True)
+    subprocess.run(
+        [*program, *["--stage", "flag", "--count", str(options.samples), "--seed", "5", "--encode-format", "png", "--out"], str(shards)], check=True
+    )
     started = time.monotonic()
     command = [sys.executable, "-m", "tu_diffuse"]
     subprocess.run([*command, "shards", "encode", f"{shards}/*.tar", "--out", str(encoded)], check=True)
@@ -93,9 +96,9 @@ def main() -> None:
     table: dict[str, dict[str, float]] = {}
     for name, folder in (("before", None), ("after", run / "model")):
         model = load_model(open_folder(folder))
-        rows[name] = [draw(model, text, 1, None, None) for text in SHOWN]
-        flags = [draw(model, prompt.text, seed, None, None) for seed, prompt in enumerate(new)]
-        rates = score([draw(model, prompt.text, seed, None, None) for seed, prompt in enumerate(old)], old)
+        rows[name] = [draw(model, text, [1], None, None)[0] for text in SHOWN]
+        flags = [draw(model, prompt.text, [seed], None, None)[0] for seed, prompt in enumerate(new)]
+        rates = score([draw(model, prompt.text, [seed], None, None)[0] for seed, prompt in enumerate(old)], old)
         by_category = {category: rates[category] for category in CATEGORIES}
         table[name] = {"flag": adherence(flags, new), **by_category, "old prompts": float(np.mean(list(by_category.values())))}
         print(name, " ".join(f"{key} {rate:.1%}" for key, rate in table[name].items()))

@@ -27,12 +27,16 @@ from world import SIDE, STAGES, render
 CAPTION = 40  # px under each picture of the sheet
 
 
-def draw(model: Model, text: str, seeds: Sequence[int], guidance: float | None, steps: int | None, scorer: Scorer) -> Picture:
-    """One picture, (128, 128, 3) uint8: of several seeds the one with the highest CLIP score."""
+def draw(model: Model, text: str, seeds: Sequence[int], guidance: float | None, steps: int | None) -> list[Picture]:
+    """Pictures, (128, 128, 3) uint8, of these seeds."""
     request = resolve(model.folder, text, seeds, guidance=guidance, steps=steps)
-    pictures = [event.pixels for event in text_to_image(model, request) if isinstance(event, Drawn)]
-    scores = scorer.score(pictures, text)
-    return pictures[scores.index(max(scores))].numpy()
+    return [event.pixels.numpy() for event in text_to_image(model, request) if isinstance(event, Drawn)]
+
+
+def best(pictures: Sequence[Picture], text: str, scorer: Scorer) -> Picture:
+    """The one with the highest CLIP score."""
+    scores = scorer.score([torch.from_numpy(picture) for picture in pictures], text)
+    return pictures[scores.index(max(scores))]
 
 
 def through_codec(model: Model, picture: Picture) -> Picture:
@@ -80,9 +84,10 @@ def main() -> None:
     model = load_model(open_folder(options.model))
     scorer = load_scorer(open_score_model(None), torch.device("cpu"))
     candidates = range(0, options.best_of * 1_000_000, 1_000_000)
-    pictures = [
-        draw(model, prompt.text, [seed + more for more in candidates], options.guidance, options.steps, scorer) for seed, prompt in enumerate(prompts)
-    ]
+    pictures: list[Picture] = []
+    for seed, prompt in enumerate(prompts):
+        drawn = draw(model, prompt.text, [seed + more for more in candidates], options.guidance, options.steps)
+        pictures.append(best(drawn, prompt.text, scorer))
     truth = [render(prompt.scene) for prompt in prompts]
     order = np.random.default_rng(0).permutation(len(prompts))
     decoded = [through_codec(model, picture) for picture in truth]

@@ -122,11 +122,12 @@ def test_a_lost_candidate_costs_itself_only(items):
     assert lost.item.key == item.key
 
 
-def test_the_embedded_model_brings_its_own_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("model", [[], ["--model", str(EMBEDDED)]])
+def test_the_embedded_model_brings_its_own_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: list[str]):
     """Judged again by transformers' own towers, on the pictures of a run that keeps all."""
     prompts, prompt = tmp_path / "prompts.txt", "a red circle above a blue star"
     prompts.write_text(f"{prompt} --d 7\n")
-    arguments = ["--steps", "6", "--json"]
+    arguments = ["--steps", "6", "--json", *model]
     assert run(["batch", str(prompts), "--out", str(tmp_path / "out"), "--best-of", "3", *arguments]) == 0
     picture = next(event for event in map(json.loads, capsys.readouterr().out.splitlines()) if event["event"] == "picture")
     prompts.write_text(f"{prompt} --d {','.join(picture['scores'])}\n")
