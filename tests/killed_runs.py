@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import psutil
 from safetensors import safe_open
+from tu_diffuse.batch.studio import Studio
 from tu_diffuse.cli.batch_progress import Reporter
 from tu_diffuse.cli.main import main
 from tu_diffuse.training import finetune
@@ -50,17 +51,20 @@ class At:
     signals: tuple[int, ...] = (signal.SIGKILL,)
 
 
-def start(arguments: list[str], keys: Path, at: At | None = None) -> Any:
-    """Start a run, a `multiprocessing.Process`; it appends what it does to the file `keys` (see `_RECORDERS`), and kills itself at `at`."""
-    process = _SERVER.Process(target=_child, args=(arguments, keys, at))
+def start(arguments: list[str], keys: Path, at: At | None = None, *, beside: bool = False) -> Any:
+    """Start a run, a `multiprocessing.Process`; it appends what it does to the file `keys` (see `_RECORDERS`), and kills itself at `at`.
+
+    `beside`: a batch is decoded while the next one is drawn, as with CUDA.
+    """
+    process = _SERVER.Process(target=_child, args=(arguments, keys, at, beside))
     process.start()
     return process
 
 
-def finish(arguments: list[str], keys: Path) -> float:
+def finish(arguments: list[str], keys: Path, *, beside: bool = False) -> float:
     """Run to the end; returns the seconds it took."""
     started = time.monotonic()
-    process = start(arguments, keys)
+    process = start(arguments, keys, beside=beside)
     process.join(300)
     assert process.exitcode == 0, keys.with_suffix(".err").read_text()
     return time.monotonic() - started
@@ -76,14 +80,14 @@ def kill_after(arguments: list[str], keys: Path, seconds: float) -> bool:
     return process.exitcode != 0
 
 
-def kill_at(arguments: list[str], keys: Path, at: At) -> None:
+def kill_at(arguments: list[str], keys: Path, at: At, *, beside: bool = False) -> None:
     """Start a run that kills itself at `at`."""
-    process = start(arguments, keys, at)
+    process = start(arguments, keys, at, beside=beside)
     process.join(300)
     assert process.exitcode == -signal.SIGKILL, f"{at} was not reached: {keys.with_suffix('.err').read_text()}"
 
 
-def _child(arguments: list[str], keys: Path, at: At | None) -> NoReturn:
+def _child(arguments: list[str], keys: Path, at: At | None, beside: bool) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so would we
     errors = os.open(keys.with_suffix(".err"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(errors, 1)
@@ -91,6 +95,8 @@ def _child(arguments: list[str], keys: Path, at: At | None) -> NoReturn:
     _RECORDERS.get(arguments[0], lambda keys: None)(keys)
     if at is not None:
         _kill_self(at)
+    if beside:
+        setattr(Studio, "decodes_beside", True)  # noqa: B010  # a property
     sys.argv = ["tu-diffuse", *arguments]
     main()
 

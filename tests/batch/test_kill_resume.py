@@ -108,6 +108,17 @@ def test_killed_at_named_points_and_resumed(whole: MakeWhole, tmp_path: Path, si
     assert rows(keys) <= run.most_rows(len(POINTS[memory]))
 
 
+def test_killed_at_named_points_while_a_batch_is_decoded_beside_the_next(whole: MakeWhole, tmp_path: Path) -> None:
+    run, out, keys = whole(12, 4), tmp_path / "out", tmp_path / "keys.jsonl"
+    for what, at in POINTS[""].items():
+        print(what)
+        kill_at(run.command(out), keys, at, beside=True)
+        assert digests(out).items() <= run.pixels.items()
+    finish(run.command(out), keys, beside=True)
+    check_complete(out, run.pixels)
+    assert rows(keys) <= run.most_rows(len(POINTS[""]))
+
+
 GENEVAL = {
     "a folder's line is half written": At("os.rename", r"/metadata\.jsonl$", nth=2, torn=True),
     "a folder's line is written, not yet renamed": At("os.rename", r"/metadata\.jsonl$"),
