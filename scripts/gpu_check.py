@@ -126,7 +126,8 @@ def check_pictures(options: argparse.Namespace) -> Iterator[str]:
 def check_decoding(options: argparse.Namespace) -> Iterator[str]:
     """See the module."""
     folder, place = open_folder(None), choose_place(device=options.device)
-    lines = [Line(number + 1, {"prompt": PROMPT, "seed": number, "steps": options.steps}, {}) for number in range(4 * options.count)]
+    steps = {} if options.steps is None else {"steps": options.steps}
+    lines = [Line(number + 1, {"prompt": PROMPT, "seed": number, **steps}, {}) for number in range(4 * options.count)]
     items, _ = make_items(folder, lines, defaults={}, sweep={}, circumstances={})
     plan = extend(Plan(folder.fingerprint), items, options.count)
     found: dict[bool, tuple[float, list[torch.Tensor]]] = {}
