@@ -1,15 +1,18 @@
 """Options in groups: a command sees all of them, and no option of a line is one that a command does not have."""
 
 import inspect
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 import pytest
 import typer
 from tu_diffuse.batch.options import BY_NAME
 from tu_diffuse.cli.batch import batch
+from tu_diffuse.cli.finetune import finetune
 from tu_diffuse.cli.generate import generate
 from tu_diffuse.cli.options import grouped
+from tu_diffuse.training.config import FinetuneConfig
 from typer.testing import CliRunner
 
 
@@ -46,3 +49,17 @@ def test_each_option_of_generate_is_one_of_the_run_or_of_a_line_too():
     alone = {"prompts", "out", "steps_strip", "preview"}
     assert of_generate - alone <= set(inspect.signature(batch).parameters) - set(BY_NAME)
     assert alone <= of_generate
+
+
+def test_the_flags_of_finetune_are_the_keys_of_its_config_and_tell_its_defaults():
+    flags = {"filter" if name == "preset" else name: flag.annotation for name, flag in inspect.signature(finetune).parameters.items()}
+    of_the_command = {"out", "config", "model", "prediction_type", "dry_run", "device", "as_json", "debug"}
+    config = {field.name: field.default for field in fields(FinetuneConfig)}
+    assert set(flags) - of_the_command == set(config)
+    told = {name: re.search(r"\[default: ([^\];]+)", flags[name].__metadata__[0].help or "") for name in config}
+    plain = {name: default for name, default in config.items() if isinstance(default, int | float | str) and not isinstance(default, bool)}
+    assert len(plain) > 15
+    for name, default in plain.items():
+        found = told[name]
+        assert found is not None, name
+        assert type(default)(found[1]) == default, name
