@@ -27,7 +27,7 @@ from tu_diffuse.pipeline.model.folder import open_folder
 from tu_diffuse.pipeline.model.loading import load_model
 from world import FLAG, SIDE, STAGES, Picture, all_captions, sample_scene
 
-TRAINING = "--steps 460 --batch-size 16 --lora 32 --lr 2e-3 --warmup 40 --cooldown 230 --precision bfloat16"
+TRAINING = "--steps 460 --batch-size 16 --lora 32 --lr 2.5e-3 --warmup 40 --cooldown 230 --precision bfloat16"
 SHOWN = (
     "a flag on the right on a beach",
     "a big flag on a gray background",
