@@ -127,11 +127,14 @@ class Studio:
 
     @property
     def decodes_beside(self) -> bool:
-        """Whether pictures are decoded while the next batch is drawn: with CUDA, when all parts stay in memory.
+        """Whether pictures are decoded while the next batch is drawn, which needs all parts in memory: with CUDA, and on a CPU with cores to spare.
 
-        On a CPU both would want the same cores (docs/batch.md has what that costs), and MPS takes work from one thread at a time.
+        Both compute with as many threads, and on the same cores they are slower than one after the other (docs/batch.md). MPS takes work from one
+        thread at a time.
         """
-        return self.roomy and self.place.device.type == "cuda" and not self.place.offload
+        cores = psutil.cpu_count(logical=False) or 1
+        spare = {"cuda": True, "cpu": 2 * torch.get_num_threads() <= cores}.get(self.place.device.type, False)
+        return self.roomy and spare and not self.place.offload
 
     @property
     def loads(self) -> dict[str, int]:

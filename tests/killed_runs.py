@@ -54,7 +54,7 @@ class At:
 def start(arguments: list[str], keys: Path, at: At | None = None, *, beside: bool = False) -> Any:
     """Start a run, a `multiprocessing.Process`; it appends what it does to the file `keys` (see `_RECORDERS`), and kills itself at `at`.
 
-    `beside`: a batch is decoded while the next one is drawn, as with CUDA.
+    `beside`: a batch is decoded while the next one is drawn, else between the two.
     """
     process = _SERVER.Process(target=_child, args=(arguments, keys, at, beside))
     process.start()
@@ -95,8 +95,7 @@ def _child(arguments: list[str], keys: Path, at: At | None, beside: bool) -> NoR
     _RECORDERS.get(arguments[0], lambda keys: None)(keys)
     if at is not None:
         _kill_self(at)
-    if beside:
-        setattr(Studio, "decodes_beside", True)  # noqa: B010  # a property
+    setattr(Studio, "decodes_beside", beside)  # noqa: B010  # a property
     sys.argv = ["tu-diffuse", *arguments]
     main()
 

@@ -1,4 +1,4 @@
-"""Decoding a batch while the next one is drawn, as with CUDA: the same pictures, whatever runs out of memory."""
+"""Decoding a batch while the next one is drawn: the same pictures, whatever runs out of memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +151,11 @@ def test_drawing_that_ends_in_an_error_leaves_the_batch_before_it(draw, whole: d
     there = pixels_in(tmp_path / "beside")
     assert len(there) == 2
     assert there.items() <= whole.items()
+
+
+@pytest.mark.parametrize(("threads", "cores", "beside"), [(1, 2, True), (2, 2, False), (4, 8, True), (5, 8, False)])
+def test_a_cpu_decodes_beside_when_it_has_cores_to_spare(studio, monkeypatch: pytest.MonkeyPatch, threads: int, cores: int, beside: bool):
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert studio().decodes_beside is beside
+    assert not studio(roomy=False).decodes_beside
