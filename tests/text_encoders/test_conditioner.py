@@ -63,13 +63,13 @@ def test_dropping_an_encoder_equals_removing_its_tokens() -> None:
     no_t5 = data | {"t5_tokens": data["t5_tokens"][:, :0], "t5_mask": data["t5_mask"][:, :0]}
     no_clip = data | {"clip_tokens": data["clip_tokens"][:, :0], "clip_mask": data["clip_mask"][:, :0]}
     dropped, removed = model(**data, keep_t5=gone), model(**no_t5)
-    assert torch.allclose(dropped.pooled, removed.pooled, atol=1e-6)
+    assert torch.allclose(dropped.pooled, removed.pooled, atol=1e-5)
     for row in range(3):
-        assert torch.allclose(counted(dropped, row), counted(removed, row), atol=1e-6)
+        assert torch.allclose(counted(dropped, row), counted(removed, row), atol=1e-5)
     dropped, removed = model(**data, keep_clip=gone), model(**no_clip, keep_clip=gone)
-    assert torch.allclose(dropped.pooled, removed.pooled, atol=1e-6)
+    assert torch.allclose(dropped.pooled, removed.pooled, atol=1e-5)
     for row in range(3):
-        assert torch.allclose(counted(dropped, row), counted(removed, row), atol=1e-6)
+        assert torch.allclose(counted(dropped, row), counted(removed, row), atol=1e-5)
     kept = model(**data, keep_clip=here, keep_t5=here)
     assert torch.equal(kept.tokens, model(**data).tokens)
     assert torch.equal(kept.pooled, model(**data).pooled)
